@@ -1,0 +1,33 @@
+# Sourced by quickstart and test: leaves a Python environment active that holds this checkout and the known-good versions.
+# An active virtual environment is used as it is found; otherwise .venv is created. A second call installs nothing.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+
+require_python() {
+    if ! command -v "$1" >/dev/null || ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: Python 3.11 or newer is needed, but '$1' is $("$1" --version 2>&1 || echo 'not installed'): install it, or activate a virtual environment that has it" >&2
+        exit 2
+    fi
+}
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+        require_python python3
+        echo "Creating the virtual environment $root/.venv"
+        python3 -m venv .venv
+    fi
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+fi
+require_python python
+
+stamp="$VIRTUAL_ENV/.gkd_hf-installed"
+wanted="$(cat setup.cfg pyproject.toml scripts/constraints.txt | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $root"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing the known-good versions of scripts/constraints.txt into $VIRTUAL_ENV (once; a few minutes)"
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    python -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)"
+    python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[test]'
+    echo "$wanted" >"$stamp"
+fi
