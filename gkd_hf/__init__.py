@@ -1,0 +1,53 @@
+"""Generalizable Knowledge Distillation (arXiv 2603.02554) for the Hugging Face ecosystem.
+
+Importing this package registers the student with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+
+from gkd_hf.errors import InputError
+from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+
+if TYPE_CHECKING:
+    from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+    from gkd_hf.distillation.query_based import QuerySoftDistillation
+    from gkd_hf.teacher import GKDTeacher
+    from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
+    from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+    from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
+
+__version__ = "0.1.0"
+
+AutoConfig.register(GKDStudentConfig.model_type, GKDStudentConfig)
+AutoModel.register(GKDStudentConfig, GKDStudentModel)
+AutoModelForSemanticSegmentation.register(GKDStudentConfig, GKDStudentForSemanticSegmentation)
+
+# Trainers bring accelerate and datasets: loaded when first asked for, so that using a student stays light.
+_LAZY = {
+    "GKDDistillationArguments": "gkd_hf.training.arguments",
+    "GKDDistillationTrainer": "gkd_hf.training.distillation_trainer",
+    "GKDObjective": "gkd_hf.distillation.objective",
+    "GKDSegmentationArguments": "gkd_hf.training.arguments",
+    "GKDSegmentationTrainer": "gkd_hf.training.segmentation_trainer",
+    "GKDTeacher": "gkd_hf.teacher",
+    "MSEObjective": "gkd_hf.distillation.objective",
+    "QuerySoftDistillation": "gkd_hf.distillation.query_based",
+}
+
+__all__ = [*_LAZY, "GKDStudentConfig", "GKDStudentForSemanticSegmentation", "GKDStudentModel", "InputError"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gkd_hf' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

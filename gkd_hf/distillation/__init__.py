@@ -1,0 +1,1 @@
+"""What is distilled and how: query-based soft distillation, masks, objectives."""

@@ -1,0 +1,130 @@
+"""Stage-1 objectives: three heads, three mean squared errors, one weighted sum (GKD, arXiv 2603.02554)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from gkd_hf.distillation.query_based import ProjectionDistillation, QuerySoftDistillation
+from gkd_hf.errors import InputError
+
+
+class MSEObjective(nn.Module):
+    """GKD's losses with plain LN + Linear heads: the "two-stage MSE" of the paper's ablation.
+
+    Args:
+        student_dim: C_s. teacher_dim: C_t.
+        weights: λ of the token, feature and patch loss.
+
+    Raises:
+        InputError: a negative weight, or all of them 0.
+    """
+
+    def __init__(self, student_dim: int, teacher_dim: int, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)):
+        super().__init__()
+        if len(weights) != 3 or min(weights) < 0 or not any(weights):
+            raise InputError(f"the token, feature and patch weights must be ≥ 0 and not all 0, got {tuple(weights)}")
+        self.weights = tuple(float(weight) for weight in weights)
+        self.patch, self.feature, self.token = (self._head(student_dim, teacher_dim) for _ in range(3))
+
+    def _head(self, student_dim: int, teacher_dim: int) -> nn.Module:
+        return ProjectionDistillation(student_dim, teacher_dim)
+
+    def forward(
+        self,
+        student_patches: torch.Tensor,
+        student_patches_masked: torch.Tensor,
+        student_cls: torch.Tensor,
+        teacher_patches: torch.Tensor,
+        teacher_cls: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the losses of one batch.
+
+        Args:
+            student_patches: B×N×C_s of the whole image. student_patches_masked: B×N×C_s, in which some samples were
+                seen with patches hidden. student_cls: B×C_s of the whole image.
+            teacher_patches: B×N×C_t. teacher_cls: B×C_t; neither gets a gradient.
+
+        Returns:
+            ``total`` and, unweighted, ``token`` (class token, over B·C_t), ``feature`` (class and patch tokens, over
+            B·(N+1)·C_t) and ``patch`` (masked view, over all B·N·C_t). In fp32 whatever the precision of the tokens.
+
+        Raises:
+            InputError: shapes that do not fit together.
+        """
+        _check_shapes(student_patches, student_patches_masked, student_cls, teacher_patches, teacher_cls)
+        target, target_cls = teacher_patches.detach(), teacher_cls.detach()
+        # Errors, not means, so that the class token's is used twice but computed once.
+        token_error = _squared_error(self.token(student_cls[:, None], target_cls[:, None])[:, 0], target_cls)
+        feature_error = _squared_error(self.feature(student_patches, target), target)
+        patch_error = _squared_error(self.patch(student_patches_masked, target), target)
+        token = token_error / target_cls.numel()
+        feature = (token_error + feature_error) / (target_cls.numel() + target.numel())
+        patch = patch_error / target.numel()
+        total = sum(weight * loss for weight, loss in zip(self.weights, (token, feature, patch), strict=True))
+        return {"total": total, "token": token, "feature": feature, "patch": patch}
+
+
+class GKDObjective(MSEObjective):
+    """Query-based soft distillation of class token, features and masked patches: GKD's stage-1 objective.
+
+    State-dict keys are ``{patch,feature,token}.{query,value}.{norm,proj}.{weight,bias}``. The token head attends over a
+    single key, so its query branch can have no gradient: it is kept for loading, and neither computed nor optimised.
+
+    Args:
+        student_dim: C_s. teacher_dim: C_t.
+        weights: λ of the token, feature and patch loss.
+        attention_scale: factor on the attention logits; the paper has 1.0.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        attention_scale: float = 1.0,
+    ):
+        if attention_scale <= 0:
+            raise InputError(f"attention_scale must be positive, got {attention_scale}")
+        self.attention_scale = attention_scale
+        super().__init__(student_dim, teacher_dim, weights)
+        self.token.query.requires_grad_(False)
+
+    def _head(self, student_dim: int, teacher_dim: int) -> nn.Module:
+        return QuerySoftDistillation(student_dim, teacher_dim, self.attention_scale)
+
+    def set_query_enabled(self, enabled: bool) -> None:
+        """Switch the query branches off (LN + Linear heads, for a warm-up) or on again."""
+        self.patch.query_enabled = self.feature.query_enabled = enabled
+
+    def start_query_from_value(self) -> None:
+        """End a warm-up: copy each value branch into its query branch and switch the queries on."""
+        self.patch.start_query_from_value()
+        self.feature.start_query_from_value()
+
+
+def _squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (prediction.float() - target.float()).square().sum()
+
+
+def _check_shapes(
+    patches: torch.Tensor, masked: torch.Tensor, cls: torch.Tensor, target: torch.Tensor, target_cls: torch.Tensor
+) -> None:
+    checks: list[tuple[str, Callable[[], bool]]] = [
+        ("student_patches and student_patches_masked", lambda: patches.shape == masked.shape),
+        ("student_patches and teacher_patches (batch and number of tokens)", lambda: patches.shape[:2] == target.shape[:2]),
+        ("student_cls and student_patches", lambda: cls.shape == (patches.shape[0], patches.shape[2])),
+        ("teacher_cls and teacher_patches", lambda: target_cls.shape == (target.shape[0], target.shape[2])),
+    ]
+    for what, agree in checks:
+        if not agree():
+            shapes = {
+                "student_patches": tuple(patches.shape),
+                "student_patches_masked": tuple(masked.shape),
+                "student_cls": tuple(cls.shape),
+                "teacher_patches": tuple(target.shape),
+                "teacher_cls": tuple(target_cls.shape),
+            }
+            raise InputError(f"{what} do not fit together: {shapes}")

@@ -1,0 +1,46 @@
+"""Configuration of a distilled student: its encoder, its decode head, its labels and the statistics of its images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+DECODE_HEADS = ("linear", "mask2former")
+
+
+class GKDStudentConfig(PreTrainedConfig):
+    """Everything needed to rebuild a student (GKD, arXiv 2603.02554).
+
+    Args:
+        encoder_config: configuration of the inner transformers encoder, or its fields as a mapping.
+        decode_head: fields of the decode head: ``type`` ("linear" or "mask2former") and that head's options. Only the
+            segmenter has one.
+        image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
+        semantic_loss_ignore_index: label that neither the loss nor the metric counts.
+    """
+
+    model_type = "gkd_student"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+        decode_head: dict[str, Any] | None = None,
+        image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN),
+        image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD),
+        semantic_loss_ignore_index: int = 255,
+        **kwargs: Any,
+    ):
+        if encoder_config is None:
+            encoder_config = {"model_type": "resnet"}
+        if isinstance(encoder_config, dict):
+            fields = dict(encoder_config)
+            encoder_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.encoder_config = encoder_config
+        self.decode_head = dict(decode_head) if decode_head else None
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        super().__init__(**kwargs)

@@ -1,0 +1,261 @@
+"""The student: an encoder that is distilled, and the segmenter built on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput, SemanticSegmenterOutput
+
+from .configuration_gkd import GKDStudentConfig
+from .decode_heads import build_decode_head
+from .encoders import adapter_for, mask_image, resample_geometry
+from .errors import InputError
+from .loading import load_encoder
+
+
+@dataclass
+class GKDStudentOutput(ModelOutput):
+    """What the student says of B images.
+
+    Attributes:
+        last_hidden_state: B×N×C patch tokens. pooler_output: B×C class token.
+        grid: (h, w), h·w = N. feature_maps: stage maps B×C_i×h_i×w_i, finest first, if asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GKDSegmenterOutput(SemanticSegmenterOutput):
+    """transformers' `SemanticSegmenterOutput` and the loss by its named terms."""
+
+    loss_terms: dict[str, torch.Tensor] | None = None
+
+
+class GKDStudentPreTrainedModel(PreTrainedModel):
+    """What the student models share: their configuration and the initialisation of what is theirs."""
+
+    config_class = GKDStudentConfig
+    base_model_prefix = "student"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Encoder and Mask2Former head are PreTrainedModels and initialise themselves.
+        if isinstance(module, GKDStudentModel) and module.mask_pixel is not None:
+            nn.init.zeros_(module.mask_pixel)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+class GKDStudentModel(GKDStudentPreTrainedModel):
+    """Any supported transformers vision encoder, ready to be distilled.
+
+    ``encoder`` is the plain transformers model; saving it gives a checkpoint that needs nothing of this library.
+    """
+
+    def __init__(self, config: GKDStudentConfig):
+        super().__init__(config)
+        self.adapter = adapter_for(config.encoder_config)
+        self.encoder = self.adapter.build()
+        # 0 is the mean colour of normalised pixels.
+        self.mask_pixel = None if self.adapter.native_mask else nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.post_init()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        source: str | os.PathLike | PreTrainedConfig | dict[str, Any],
+        *,
+        pretrained: bool = True,
+        revision: str | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> GKDStudentModel:
+        """Make a student of an encoder.
+
+        Args:
+            source: a Hub id, a folder, a configuration, or a mapping with ``model_type`` and the configuration's fields.
+            pretrained: read the weights of an id or folder; False keeps random weights.
+            revision: commit, tag or branch of a Hub id.
+            image_size, patch_size: resample patch kernels and positions to this geometry.
+
+        Raises:
+            InputError: unsupported architecture, unreadable source, weights for less than 95 % of the tensors, or an
+                image size that is not a multiple of the patch size.
+        """
+        encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
+        student = cls(GKDStudentConfig(encoder_config=encoder.config, image_mean=mean, image_std=std))
+        student._replace_encoder(encoder)
+        if image_size is not None or patch_size is not None:
+            student.set_geometry(image_size or encoder.config.image_size, patch_size)
+        return student
+
+    def set_geometry(self, image_size: int, patch_size: int | None = None) -> None:
+        """Resample patch kernels and positions for square images of ``image_size`` pixels (nothing for CNNs).
+
+        Raises:
+            InputError: the image does not cut into whole patches.
+        """
+        self._replace_encoder(resample_geometry(self.encoder, image_size, patch_size))
+
+    def _replace_encoder(self, encoder: PreTrainedModel) -> None:
+        self.encoder = encoder
+        self.config.encoder_config = encoder.config
+        self.adapter = adapter_for(encoder.config)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        mask_grid: tuple[int, int] | None = None,
+        output_maps: bool = False,
+        **kwargs: Any,
+    ) -> GKDStudentOutput:
+        """Encode B×3×H×W normalised pixels.
+
+        Args:
+            bool_masked_pos: B×N, True where a patch is hidden from the student.
+            mask_grid: (h, w) of ``bool_masked_pos``; needed by encoders without a mask token, whose image is masked.
+            output_maps: also return the stage maps.
+        """
+        if bool_masked_pos is not None and not self.adapter.native_mask:
+            if mask_grid is None:
+                raise InputError(f"mask_grid is needed to mask the image of a {self.config.encoder_config.model_type}")
+            pixel_values = mask_image(pixel_values, bool_masked_pos, mask_grid, self.mask_pixel)
+            bool_masked_pos = None
+        output = self.adapter.forward(self.encoder, pixel_values, bool_masked_pos, output_maps)
+        return GKDStudentOutput(output.patches, output.cls, output.grid, output.maps if output_maps else None)
+
+    def save_encoder(self, folder: str | os.PathLike) -> None:
+        """Save the plain encoder, which ``AutoModel.from_pretrained(folder)`` loads without this library."""
+        state = self.encoder.state_dict()
+        if "use_mask_token" in self.adapter.constructor:
+            # The mask token only serves distillation, and the architecture by itself has no place for it.
+            state = {key: value for key, value in state.items() if not key.endswith("mask_token")}
+        self.encoder.save_pretrained(folder, state_dict=state)
+
+
+class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
+    """A student and a decode head. ``freeze_encoder`` makes it the second stage of GKD: only the head learns."""
+
+    def __init__(self, config: GKDStudentConfig):
+        super().__init__(config)
+        if config.decode_head is None:
+            raise InputError("a segmenter needs decode_head in its configuration, for example {'type': 'linear'}")
+        self.student = GKDStudentModel(config)
+        adapter = self.student.adapter
+        self.decode_head = build_decode_head(
+            config.decode_head,
+            adapter.map_channels,
+            adapter.map_strides,
+            config.num_labels,
+            config.semantic_loss_ignore_index,
+        )
+        self.encoder_frozen = False
+        self.post_init()
+
+    @classmethod
+    def from_student(
+        cls,
+        student: GKDStudentModel,
+        *,
+        num_labels: int,
+        decode_head: str | dict[str, Any] = "linear",
+        id2label: dict[int, str] | None = None,
+    ) -> GKDStudentForSemanticSegmentation:
+        """Put a new decode head on ``student``, which is taken over, not copied.
+
+        Args:
+            decode_head: "linear", "mask2former", or a mapping with ``type`` and that head's options.
+
+        Raises:
+            InputError: unknown decode head or option, or too few stage maps for it.
+        """
+        settings = {"type": decode_head} if isinstance(decode_head, str) else dict(decode_head)
+        names = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
+        config = GKDStudentConfig(
+            encoder_config=student.config.encoder_config,
+            decode_head=settings,
+            image_mean=student.config.image_mean,
+            image_std=student.config.image_std,
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+        )
+        segmenter = cls(config)
+        segmenter.student = student
+        student.config = config
+        return segmenter
+
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Keep the encoder in eval mode, without gradients and untouched by the optimiser; False undoes it."""
+        self.encoder_frozen = frozen
+        self.student.requires_grad_(not frozen)
+        if not frozen and self.student.mask_pixel is not None:
+            self.student.mask_pixel.requires_grad_(False)  # only masked views use it
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> GKDStudentForSemanticSegmentation:
+        """Set training mode, but leave a frozen encoder in eval mode."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.student.eval()
+        return self
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> GKDSegmenterOutput:
+        """Segment B×3×H×W normalised pixels of any size.
+
+        Args:
+            labels: B×H×W train ids, 255 ignored; gives a loss.
+
+        Returns:
+            logits B×K×h×w at the head's stride (resize them to the image), and the loss with its terms.
+        """
+        height, width = pixel_values.shape[-2:]
+        stride = self.student.adapter.stride
+        padding = (0, -width % stride, 0, -height % stride)
+        padded = any(padding)
+        if padded:
+            pixel_values = F.pad(pixel_values, padding)
+            if labels is not None:
+                labels = F.pad(labels, padding, value=self.config.semantic_loss_ignore_index)
+        with torch.no_grad() if self.encoder_frozen else nullcontext():
+            maps = self.student(pixel_values, output_maps=True).feature_maps
+        head = self.decode_head(maps, labels)
+        logits = head.logits
+        if padded:
+            # Only whole pixels can be cut away, so the logits go to the image's size first.
+            logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+            logits = logits[..., :height, :width]
+        return GKDSegmenterOutput(loss=head.loss, logits=logits, loss_terms=head.terms or None)
+
+
+@contextmanager
+def frozen_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norms normalise with the batch's statistics but not remember them, while the context lasts."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    training = [norm for norm in norms if norm.training]
+    for norm in training:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.track_running_stats = True
