@@ -1,0 +1,1 @@
+"""Mean IoU, sliding-window prediction, and the report by domain."""
