@@ -40,7 +40,20 @@ _LAZY = {
     "QuerySoftDistillation": "gkd_hf.distillation.query_based",
 }
 
-__all__ = [*_LAZY, "GKDStudentConfig", "GKDStudentForSemanticSegmentation", "GKDStudentModel", "InputError"]
+__all__ = [
+    "GKDDistillationArguments",
+    "GKDDistillationTrainer",
+    "GKDObjective",
+    "GKDSegmentationArguments",
+    "GKDSegmentationTrainer",
+    "GKDStudentConfig",
+    "GKDStudentForSemanticSegmentation",
+    "GKDStudentModel",
+    "GKDTeacher",
+    "InputError",
+    "MSEObjective",
+    "QuerySoftDistillation",
+]
 
 
 def __getattr__(name: str) -> object:

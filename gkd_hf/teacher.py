@@ -44,14 +44,15 @@ class GKDTeacher(nn.Module):
     ):
         super().__init__()
         if geometry not in GEOMETRIES:
-            raise InputError(f"unknown teacher geometry '{geometry}'{nearest(geometry, GEOMETRIES)} (there are: {', '.join(GEOMETRIES)})")
+            hint = nearest(geometry, GEOMETRIES)
+            raise InputError(f"unknown teacher geometry '{geometry}'{hint} (there are: {', '.join(GEOMETRIES)})")
         self.geometry = geometry
         self.encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
         self.adapter = adapter_for(self.encoder.config)
         if geometry == "resample_patch_embed" and not self.adapter.fixed_grid:
             raise InputError(
-                f"geometry resample_patch_embed needs a teacher with patch kernels and positions, {self.encoder.config.model_type} "
-                "has none: use geometry native"
+                "teacher geometry resample_patch_embed needs patch kernels and positions to resample, "
+                f"{self.encoder.config.model_type} has none: use geometry native"
             )
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -68,7 +69,7 @@ class GKDTeacher(nn.Module):
         return super().train(False)
 
     def grid_for(self, image_size: int) -> tuple[int, int]:
-        """The grid this teacher gives an ``image_size``² image by itself, the image resized to the nearest multiple."""
+        """The grid this teacher gives an ``image_size``² image by itself, resized to the nearest multiple."""
         cells = max(1, round(image_size / self.adapter.stride))
         return cells, cells
 
@@ -84,8 +85,8 @@ class GKDTeacher(nn.Module):
             return
         if image_size % grid[0] or grid[0] != grid[1]:
             raise InputError(
-                f"the teacher cannot give a {grid[0]}×{grid[1]} grid from a {image_size}² image: {image_size} is not a multiple "
-                f"of {grid[0]} (choose an image size that is, or geometry native)"
+                f"the teacher's tokens cannot be resampled to a {grid[0]}×{grid[1]} grid of a {image_size}² image: "
+                f"{image_size} is not a multiple of {grid[0]} (choose an image size that is, or geometry native)"
             )
         self.encoder = resample_geometry(self.encoder, image_size, image_size // grid[0])
         self.adapter = adapter_for(self.encoder.config)

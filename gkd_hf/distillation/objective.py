@@ -49,7 +49,7 @@ class MSEObjective(nn.Module):
 
         Returns:
             ``total`` and, unweighted, ``token`` (class token, over B·C_t), ``feature`` (class and patch tokens, over
-            B·(N+1)·C_t) and ``patch`` (masked view, over all B·N·C_t). In fp32 whatever the precision of the tokens.
+            B·(N+1)·C_t) and ``patch`` (masked view, over all B·N·C_t). In fp32, whatever the tokens are in.
 
         Raises:
             InputError: shapes that do not fit together.
@@ -114,7 +114,7 @@ def _check_shapes(
 ) -> None:
     checks: list[tuple[str, Callable[[], bool]]] = [
         ("student_patches and student_patches_masked", lambda: patches.shape == masked.shape),
-        ("student_patches and teacher_patches (batch and number of tokens)", lambda: patches.shape[:2] == target.shape[:2]),
+        ("student_patches and teacher_patches (batch, tokens)", lambda: patches.shape[:2] == target.shape[:2]),
         ("student_cls and student_patches", lambda: cls.shape == (patches.shape[0], patches.shape[2])),
         ("teacher_cls and teacher_patches", lambda: target_cls.shape == (target.shape[0], target.shape[2])),
     ]

@@ -1,4 +1,4 @@
-"""Heads that carry student tokens into the teacher's space: query-based soft distillation, and its plain counterpart."""
+"""Heads that carry student tokens into the teacher's space: query-based soft distillation, and a plain projection."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ProjectionDistillation(nn.Module):
 class QuerySoftDistillation(ProjectionDistillation):
     """Query-based soft distillation, QSD (GKD, arXiv 2603.02554).
 
-    Student tokens query the teacher's: q = W_q·LN(s), v = W_v·LN(s), k = t, and the output is softmax(q·kᵀ·scale)·v: one
-    head, no output projection, no residual. The value comes from the *student*, so attention decides how its tokens
-    are mixed to resemble the teacher's.
+    Student tokens query the teacher's: q = W_q·LN(s), v = W_v·LN(s), k = t, and the output is softmax(q·kᵀ·scale)·v:
+    one head, no output projection, no residual. The value comes from the *student*, so attention decides how its
+    tokens are mixed to resemble the teacher's.
 
     Args:
         student_dim: C_s. teacher_dim: C_t.
@@ -74,8 +74,8 @@ class QuerySoftDistillation(ProjectionDistillation):
         """Describe the attention of a few samples (it is materialised: pass one or two).
 
         Returns:
-            attention_entropy: mean entropy in nats (0 is one-hot, ln K uniform). self_weight: mean weight of a position
-            on itself (1/K is no better than chance). logit_std: standard deviation of the logits over keys.
+            attention_entropy: mean entropy in nats (0 is one-hot, ln K uniform). self_weight: mean weight of a
+            position on itself (1/K is no better than chance). logit_std: standard deviation of the logits over keys.
         """
         logits = self.query(student).float() @ teacher.float().transpose(1, 2) * self.scale
         attention = logits.softmax(-1)

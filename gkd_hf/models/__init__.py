@@ -1,1 +1,1 @@
-"""The student: configuration, encoder adapter, decode heads. Flat and self-contained: imports torch and transformers only."""
+"""The student: configuration, encoder adapter, decode heads. Self-contained: imports torch and transformers only."""

@@ -1,7 +1,7 @@
 """Decode heads: stage maps of an encoder → class logits per pixel, and the loss against a label map.
 
-Both heads answer the same call: ``head(maps, labels)`` with maps B×C_i×h_i×w_i, finest first, and labels B×H×W of train
-ids, returns `HeadOutput`. Ignored pixels never count.
+Both heads answer the same call: ``head(maps, labels)`` with maps B×C_i×h_i×w_i, finest first, and labels B×H×W of
+train ids, returns `HeadOutput`. Ignored pixels never count.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
     def __init__(self, config: Mask2FormerConfig, channels: tuple[int, ...], ignore_index: int):
         super().__init__(config)
         if len(channels) < 3:
-            raise InputError(f"decode_head mask2former needs at least three stage maps, the encoder has {len(channels)}")
+            raise InputError(
+                f"decode_head mask2former needs three stage maps or more, the encoder has {len(channels)}"
+            )
         self.ignore_index = ignore_index
         self.weights = {
             "loss_cross_entropy": config.class_weight,
@@ -147,7 +149,8 @@ def build_decode_head(
     options = dict(settings)
     kind = options.pop("type", None)
     if kind not in DECODE_HEADS:
-        raise InputError(f"unknown decode_head '{kind}'{nearest(kind, DECODE_HEADS)} (there are: {', '.join(DECODE_HEADS)})")
+        hint = nearest(kind, DECODE_HEADS)
+        raise InputError(f"unknown decode_head '{kind}'{hint} (there are: {', '.join(DECODE_HEADS)})")
     if kind == "linear":
         if options:
             raise InputError(f"decode_head linear has no options, got {', '.join(options)}")

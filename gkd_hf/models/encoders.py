@@ -1,7 +1,7 @@
-"""One adapter for every vision encoder: any supported transformers model → class token, patch tokens, grid, stage maps.
+"""One adapter for every vision encoder: a transformers model → class token, patch tokens, grid, stage maps.
 
-Teacher and student both go through here, so nothing else in the library asks which architecture it holds. An adapter is
-stateless: it describes an architecture and runs a plain transformers model, which stays what it was (a distilled
+Teacher and student both go through here, so nothing else in the library asks which architecture it holds. An adapter
+is stateless: it describes an architecture and runs a plain transformers model, which stays what it was (a distilled
 ResNet-50 is a ``ResNetModel``).
 """
 
@@ -92,8 +92,8 @@ class EncoderAdapter:
             if size < self.stride or size % self.stride:
                 best = max(1, round(size / self.stride)) * self.stride
                 raise InputError(
-                    f"image {name} {size} is not a multiple of the patch size {self.stride} of {self.config.model_type}; "
-                    f"the nearest size that is: {best}"
+                    f"image {name} {size} is not a multiple of the patch size {self.stride} of "
+                    f"{self.config.model_type}; the nearest size that is: {best}"
                 )
 
 
@@ -114,7 +114,7 @@ class _TransformerAdapter(EncoderAdapter):
 
     @property
     def map_layers(self) -> tuple[int, ...]:
-        """Blocks whose outputs are the stage maps: 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 (GKD, arXiv 2603.02554)."""
+        """Blocks whose outputs are the stage maps: 4, 6, 8, 12 of 12; 8, 12, 16, 24 of 24 (GKD, arXiv 2603.02554)."""
         depth = self.config.num_hidden_layers
         return tuple(max(1, round(depth * part)) for part in (1 / 3, 1 / 2, 2 / 3, 1))
 
@@ -274,7 +274,8 @@ def adapter_for(config: PreTrainedConfig) -> EncoderAdapter:
     kind = config.model_type
     if kind not in ADAPTERS:
         raise InputError(
-            f"encoders of type '{kind}' are not supported{nearest(kind, ADAPTERS)} (supported: {', '.join(sorted(ADAPTERS))})"
+            f"encoders of type '{kind}' are not supported{nearest(kind, ADAPTERS)} "
+            f"(supported: {', '.join(sorted(ADAPTERS))})"
         )
     return ADAPTERS[kind](config)
 

@@ -20,7 +20,10 @@ MINIMUM_COVERAGE = 0.95  # of the encoder's tensors that a checkpoint must hold
 
 
 def load_encoder(
-    source: str | os.PathLike | PreTrainedConfig | dict[str, Any], *, pretrained: bool = True, revision: str | None = None
+    source: str | os.PathLike | PreTrainedConfig | dict[str, Any],
+    *,
+    pretrained: bool = True,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, tuple[float, ...], tuple[float, ...]]:
     """Return an encoder in fp32 and the mean and standard deviation (RGB, of [0, 1] pixels) it was trained with.
 
@@ -118,15 +121,17 @@ def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any
     if coverage < MINIMUM_COVERAGE:
         examples = ", ".join(sorted(missing)[:3])
         raise InputError(
-            f"the weights of '{source}' fill only {coverage:.0%} of the {len(wanted)} tensors of {type(encoder).__name__} "
-            f"(missing or of another shape: {examples}, …); is the checkpoint of another architecture?"
+            f"the weights of '{source}' fill only {coverage:.0%} of the {len(wanted)} tensors of "
+            f"{type(encoder).__name__} (missing or of another shape: {examples}, …); is the checkpoint of another "
+            "architecture?"
         )
 
 
 @contextmanager
 def _quiet_loading():
     """Silence the loading report: coverage is checked here, and a classifier's unused head is no news."""
-    loggers = [logging.getLogger(name) for name in ("transformers.modeling_utils", "transformers.utils.loading_report")]
+    names = ("transformers.modeling_utils", "transformers.utils.loading_report")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()
     for logger in loggers:

@@ -90,7 +90,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         """Make a student of an encoder.
 
         Args:
-            source: a Hub id, a folder, a configuration, or a mapping with ``model_type`` and the configuration's fields.
+            source: a Hub id, a folder, a configuration, or a mapping of its fields with ``model_type``.
             pretrained: read the weights of an id or folder; False keeps random weights.
             revision: commit, tag or branch of a Hub id.
             image_size, patch_size: resample patch kernels and positions to this geometry.

@@ -1,0 +1,78 @@
+"""Everything stage 1 trains, in one module: the student and its heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gkd_hf.distillation.objective import MSEObjective
+from gkd_hf.models.encoders import resample_tokens
+from gkd_hf.models.modeling_gkd import GKDStudentModel, frozen_running_statistics
+
+
+class GKDDistiller(nn.Module):
+    """Student and heads of stage 1 (GKD, arXiv 2603.02554), as one module for a trainer to wrap.
+
+    Each image is seen whole; the masked samples are seen a second time, and only they are: for the others the second
+    view would be the first one, so 1.5·B student forwards give the loss that 2·B would.
+
+    Batch norms in train mode normalise each of the two forwards by its own statistics. Only the view of whole images
+    feeds the running statistics, because that is what the student will be used on.
+
+    Args:
+        student: to be distilled. objective: heads and losses.
+        freeze_batch_norm: keep the student's batch norms in eval mode.
+    """
+
+    def __init__(self, student: GKDStudentModel, objective: MSEObjective, freeze_batch_norm: bool = False):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.freeze_batch_norm = freeze_batch_norm
+
+    def train(self, mode: bool = True) -> GKDDistiller:
+        """Set training mode; frozen batch norms stay in eval mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        teacher_patches: torch.Tensor,
+        teacher_cls: torch.Tensor,
+        grid: tuple[int, int],
+        mask_rows: torch.Tensor,
+        masks: torch.Tensor,
+        return_tokens: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the losses of a batch of B images.
+
+        Args:
+            pixel_values: B×3×H×W. teacher_patches: B×N×C_t. teacher_cls: B×C_t.
+            grid: (h, w) of the teacher's patches, h·w = N; a CNN's map is resampled to it.
+            mask_rows: M ≤ B places of the samples to mask. masks: M×N, True where a patch is hidden.
+            return_tokens: also return the student's tokens under ``student_patches``.
+
+        Returns:
+            The objective's named losses.
+        """
+        whole = self.student(pixel_values)
+        patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
+        masked_patches = patches
+        if len(mask_rows):
+            with frozen_running_statistics(self.student):
+                masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
+            seen_masked = resample_tokens(masked.last_hidden_state, masked.grid, grid)
+            masked_patches = patches.index_copy(0, mask_rows, seen_masked.to(patches.dtype))
+        losses = self.objective(
+            student_patches=patches,
+            student_patches_masked=masked_patches,
+            student_cls=whole.pooler_output,
+            teacher_patches=teacher_patches,
+            teacher_cls=teacher_cls,
+        )
+        return losses | {"student_patches": patches.detach()} if return_tokens else losses

@@ -1,0 +1,136 @@
+"""Arguments of the two trainers: transformers' own, with the paper's defaults, and the few that are GKD's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from gkd_hf.errors import InputError, nearest
+
+OBJECTIVES = ("qsd", "mse")
+REFERENCE_BATCH = 512  # the stage-1 learning rate is given for this many images
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """What both stages change in `TrainingArguments`: streams, no clipping, no reports to services, own loss guard."""
+
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not clip."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Streams yield exactly what is used."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
+    logging_steps: float = field(default=50, metadata={"help": "Log the mean of every loss term this often."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept in the output folder."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Services to report to."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; only of use with a GPU."}
+    )
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "Share batch statistics between processes (CUDA only)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp16:
+            raise InputError("fp16 overflows on unscaled attention logits: use bf16, or neither for fp32")
+        if self.sync_batch_norm and self.device.type != "cuda":
+            raise InputError("sync_batch_norm needs CUDA devices: torch has no synchronised batch norm on the CPU")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimiser step, over all processes and accumulation steps."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+
+@dataclass
+class GKDDistillationArguments(StageArguments):
+    """Arguments of stage 1 of GKD (arXiv 2603.02554); the defaults are the paper's.
+
+    Args:
+        learning_rate: None takes 5e-4 · global batch / 512. The schedule is a cosine down to ``min_learning_rate``.
+        objective: "qsd" (query-based soft distillation) or "mse" (LN + Linear heads).
+        mask_probability: part p of a device batch's samples that are seen a second time, masked.
+        mask_ratio: part r of their patches that is hidden.
+        token_weight, feature_weight, patch_weight: λ of the three losses.
+        query_warmup_steps: steps with the query branches off, after which they start as copies of the value branches.
+            Students from random weights need it: see ``attention_scale``.
+        attention_scale: factor on the attention logits. The paper has none, which makes a random student's attention
+            nearly one-hot from the first step.
+        freeze_batch_norm: keep the student's batch norms in eval mode (for weights whose statistics were folded away).
+        sync_batch_norm: share batch statistics between processes (CUDA only).
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    learning_rate: float | None = field(default=None, metadata={"help": "None: 5e-4 · global batch / 512."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
+    objective: str = field(default="qsd", metadata={"help": "Heads: qsd or mse."})
+    mask_probability: float = field(default=0.5, metadata={"help": "Part of the samples seen masked, in [0, 1]."})
+    mask_ratio: float = field(default=0.5, metadata={"help": "Part of their patches that is hidden, in [0, 1)."})
+    token_weight: float = field(default=1.0, metadata={"help": "Weight of the class token's loss."})
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of the feature loss."})
+    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the masked patch loss."})
+    query_warmup_steps: int = field(default=0, metadata={"help": "Steps with the query branches off."})
+    attention_scale: float = field(default=1.0, metadata={"help": "Factor on the attention logits."})
+    freeze_batch_norm: bool = field(default=False, metadata={"help": "Keep the student's batch norms in eval mode."})
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            hint = nearest(self.objective, OBJECTIVES)
+            raise InputError(f"unknown objective '{self.objective}'{hint} (there are: {', '.join(OBJECTIVES)})")
+        if not 0 <= self.mask_probability <= 1:
+            raise InputError(f"mask_probability must lie in [0, 1], got {self.mask_probability}")
+        if not 0 <= self.mask_ratio < 1:
+            raise InputError(f"mask_ratio must lie in [0, 1), got {self.mask_ratio}")
+        if self.query_warmup_steps < 0:
+            raise InputError(f"query_warmup_steps must be ≥ 0, got {self.query_warmup_steps}")
+        if self.query_warmup_steps and self.objective != "qsd":
+            raise InputError("query_warmup_steps needs objective qsd: mse heads have no query branch")
+        if self.attention_scale <= 0:
+            raise InputError(f"attention_scale must be positive, got {self.attention_scale}")
+        wanted, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
+        super().__post_init__()
+        self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
+
+
+@dataclass
+class GKDSegmentationArguments(StageArguments):
+    """Arguments of stage 2 of GKD, the task; the defaults are the paper's.
+
+    Args:
+        learning_rate: of the decode head; the schedule is a polynomial of power 0.9 down to 0.
+        freeze_encoder: keep the encoder as stage 1 left it. False trains it too: the student alone, end to end.
+        encoder_learning_rate: of an unfrozen encoder; None takes ``learning_rate``.
+        window, stride: sliding window of the evaluation, in pixels.
+        window_batch_size: windows per forward.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the decode head."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning rate schedule."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Train the decode head alone."})
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "Of an unfrozen encoder."})
+    window: int = field(default=512, metadata={"help": "Sliding window of the evaluation, in pixels."})
+    stride: int = field(default=341, metadata={"help": "Step of the sliding window, in pixels."})
+    window_batch_size: int = field(default=4, metadata={"help": "Windows per forward in the evaluation."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.window:
+            raise InputError(f"the window's stride must lie in 1…{self.window} (the window), got {self.stride}")
+        if self.freeze_encoder and self.encoder_learning_rate is not None:
+            raise InputError("encoder_learning_rate does nothing while freeze_encoder is set: drop one of them")
+        if not self.freeze_encoder:
+            # End to end, what only distillation uses (a final norm, the mask) stays without a gradient.
+            self.ddp_find_unused_parameters = True
+        if self.lr_scheduler_type == "polynomial":
+            self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
+        super().__post_init__()

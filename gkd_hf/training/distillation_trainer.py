@@ -1,0 +1,214 @@
+"""Stage 1 of GKD: distil a frozen teacher into a student without labels (1a: a broad set, 1b: the source's images)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+from transformers import TrainerCallback
+
+from gkd_hf.distillation.distiller import GKDDistiller
+from gkd_hf.distillation.masking import random_masks
+from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+from gkd_hf.errors import InputError
+from gkd_hf.models.encoders import EncoderOutput
+from gkd_hf.models.modeling_gkd import GKDStudentModel
+from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training.arguments import GKDDistillationArguments
+from gkd_hf.training.stream_trainer import StreamTrainer
+
+logger = logging.getLogger(__name__)
+
+COLLAPSE_LOGS = 3  # consecutive logs with the self weight near chance before a warning
+
+
+class MaskingCollator:
+    """Batch samples and draw their masks, in the loader's workers.
+
+    Args:
+        stride: pixels per token of the grid the losses live on. arguments: p, r and the seed of the masks.
+    """
+
+    def __init__(self, stride: int, arguments: GKDDistillationArguments):
+        self.stride = stride
+        self.sample_probability = arguments.mask_probability
+        self.patch_ratio = arguments.mask_ratio
+        self.seed = arguments.seed
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return pixel_values B×3×H×W, grid (h, w), mask_rows M, masks M×(h·w) and bad_rows."""
+        bad_rows = [row for sample in samples for row in sample.get("bad_rows", [])]
+        pixel_values = default_collate([sample["pixel_values"] for sample in samples])
+        height, width = pixel_values.shape[-2:]
+        grid = (max(1, round(height / self.stride)), max(1, round(width / self.stride)))
+        if "index" in samples[0]:
+            indices = [int(sample["index"]) for sample in samples]
+        else:  # a data set that is no SampleStream has no place in the run's order: Trainer's own state decides
+            indices = torch.randint(2**62, (len(samples),)).tolist()
+        rows, masks = random_masks(
+            indices,
+            grid[0] * grid[1],
+            sample_probability=self.sample_probability,
+            patch_ratio=self.patch_ratio,
+            seed=self.seed,
+        )
+        return {"pixel_values": pixel_values, "grid": grid, "mask_rows": rows, "masks": masks, "bad_rows": bad_rows}
+
+
+class GKDDistillationTrainer(StreamTrainer):
+    """`Trainer` of GKD's stage 1 (arXiv 2603.02554).
+
+    What it trains is one module, the student and its heads; the teacher stands beside it and is in no checkpoint.
+    ``save_model`` saves the student alone.
+
+    Args:
+        student: the model to distil.
+        teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder).
+        args: the paper's recipe by default; ``max_steps`` must be set for a stream.
+        train_dataset: a `SampleStream`, or any data set of ``pixel_values`` 3×H×W in the student's normalisation.
+        objective: heads to go on with, for example those of stage 1a; None makes new ones.
+
+    Raises:
+        InputError: a teacher or geometry that does not fit the student.
+    """
+
+    _tag_names = ["gkd", "knowledge-distillation"]
+
+    def __init__(
+        self,
+        student: GKDStudentModel,
+        teacher: GKDTeacher | str | os.PathLike,
+        args: GKDDistillationArguments,
+        train_dataset: torch.utils.data.Dataset,
+        *,
+        objective: MSEObjective | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        title: str = "distil",
+    ):
+        self.teacher = teacher if isinstance(teacher, GKDTeacher) else GKDTeacher(teacher)
+        # A student with learned positions dictates the grid; a CNN's map is resampled to the teacher's.
+        grid_owner = student.adapter if student.adapter.fixed_grid else self.teacher.adapter
+        model = GKDDistiller(student, objective or self._new_objective(student, args), args.freeze_batch_norm)
+        self._check_objective(model.objective, student)
+        # Masks a batch never draws would leave their parameter without a gradient.
+        masked = int(args.mask_probability * args.per_device_train_batch_size + 1e-9) > 0 and args.mask_ratio > 0
+        for name, parameter in student.named_parameters():
+            if name.endswith(("mask_token", "mask_pixel")):
+                parameter.requires_grad_(masked)
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            data_collator=data_collator or MaskingCollator(grid_owner.stride, args),
+            callbacks=callbacks,
+            title=title,
+        )
+        self.teacher.to(args.device)
+        self.student_mean = torch.tensor(student.config.image_mean, device=args.device).view(1, 3, 1, 1)
+        self.student_std = torch.tensor(student.config.image_std, device=args.device).view(1, 3, 1, 1)
+        self._near_chance = 0
+
+    def _new_objective(self, student: GKDStudentModel, args: GKDDistillationArguments) -> MSEObjective:
+        weights = (args.token_weight, args.feature_weight, args.patch_weight)
+        if args.objective == "mse":
+            return MSEObjective(student.adapter.width, self.teacher.width, weights)
+        return GKDObjective(student.adapter.width, self.teacher.width, weights, args.attention_scale)
+
+    def _check_objective(self, objective: MSEObjective, student: GKDStudentModel) -> None:
+        projection = objective.patch.value.proj
+        wanted = (student.adapter.width, self.teacher.width)
+        if (projection.in_features, projection.out_features) != wanted:
+            raise InputError(
+                f"the heads map {projection.in_features} to {projection.out_features} channels, student and teacher "
+                f"need {wanted[0]} to {wanted[1]}"
+            )
+
+    @property
+    def student(self) -> GKDStudentModel:
+        """The student that is trained."""
+        return self.model.student
+
+    @property
+    def objective(self) -> MSEObjective:
+        """The heads, for the next stage to go on with."""
+        return self.model.objective
+
+    def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> EncoderOutput:
+        """Return the teacher's tokens of the student's pixels B×3×H×W on an h×w grid."""
+        self.teacher.fit_geometry(pixel_values.shape[-1], grid)
+        return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the total loss of a micro batch; its terms are logged."""
+        self._follow_query_warmup()
+        self.note_bad_rows(inputs.get("bad_rows", []))
+        pixel_values, grid = inputs["pixel_values"], tuple(inputs["grid"])
+        taught = self.teach(pixel_values, grid)
+        look = self._attention_is_logged()
+        losses = model(
+            pixel_values, taught.patches, taught.cls, grid, inputs["mask_rows"], inputs["masks"], return_tokens=look
+        )
+        if look:
+            self._look_at_attention(losses.pop("student_patches"), taught.patches)
+        self.watch(losses)
+        return (losses["total"], losses) if return_outputs else losses["total"]
+
+    # -- query warm-up and collapse ---------------------------------------------------------------------------------
+
+    def _follow_query_warmup(self) -> None:
+        if not isinstance(self.objective, GKDObjective) or not self.args.query_warmup_steps:
+            return
+        step = self.state.global_step
+        if step < self.args.query_warmup_steps:
+            self.objective.set_query_enabled(False)
+        elif step == self.args.query_warmup_steps and not self.objective.patch.query_enabled:
+            self.objective.start_query_from_value()
+        else:
+            self.objective.set_query_enabled(True)
+
+    def _attention_is_logged(self) -> bool:
+        """Whether this step's end logs, and there is attention to look at."""
+        if not isinstance(self.objective, GKDObjective) or not self.objective.feature.query_enabled:
+            return False
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+
+    def _look_at_attention(self, student_patches: torch.Tensor, teacher_patches: torch.Tensor) -> None:
+        self._attention = self.objective.feature.attention_statistics(student_patches[:2], teacher_patches[:2])
+        self._chance = 1 / teacher_patches.shape[1]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add attention entropy, self weight and logit spread, and warn when the attention has collapsed."""
+        attention = self.__dict__.pop("_attention", None)
+        if attention is not None and "loss" in logs:
+            logs.update({name: value.item() for name, value in attention.items()})
+            self._near_chance = self._near_chance + 1 if logs["self_weight"] < 2 * self._chance else 0
+            if self._near_chance == COLLAPSE_LOGS:
+                logger.warning(
+                    "QSD attention has collapsed: a token's weight on its own position is %.4f, chance is %.4f. The "
+                    "heads learn a codebook instead of the teacher's tokens. Set query_warmup_steps, or an "
+                    "attention_scale below 1.",
+                    logs["self_weight"],
+                    self._chance,
+                )
+        super().log(logs, start_time)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student alone. Checkpoints, which Trainer writes itself, hold the heads too."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            self.student.save_pretrained(output_dir or self.args.output_dir)

@@ -1,0 +1,183 @@
+"""Stage 2 of GKD: learn the task on the source's labels with the encoder frozen, then measure every domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from gkd_hf.data.streaming import EvaluationSet, collate, collate_evaluation
+from gkd_hf.evaluation.domain_report import DomainResult
+from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
+from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
+from gkd_hf.training.arguments import GKDSegmentationArguments
+from gkd_hf.training.stream_trainer import StreamTrainer
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class GKDSegmentationTrainer(StreamTrainer):
+    """`Trainer` of GKD's stage 2 (arXiv 2603.02554).
+
+    The encoder stays frozen, in eval mode and without gradients; only the decode head is optimised. With
+    ``freeze_encoder=False`` it is the ordinary end-to-end training that GKD is compared with.
+
+    Args:
+        model: the segmenter. args: the paper's recipe by default.
+        train_dataset: a `SampleStream` with labels, or any data set of ``pixel_values`` 3×H×W and ``labels`` H×W.
+        eval_dataset: one `EvaluationSet` per domain.
+    """
+
+    _tag_names = ["gkd", "semantic-segmentation"]
+
+    def __init__(
+        self,
+        model: GKDStudentForSemanticSegmentation,
+        args: GKDSegmentationArguments,
+        train_dataset: torch.utils.data.Dataset,
+        eval_dataset: dict[str, EvaluationSet] | None = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        title: str = "task",
+    ):
+        model.freeze_encoder(args.freeze_encoder)
+        super().__init__(model, args, train_dataset, data_collator=collate, callbacks=callbacks, title=title)
+        self.eval_dataset = dict(eval_dataset or {})
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return the segmentation loss of a micro batch; its terms are logged."""
+        self.note_bad_rows(inputs.get("bad_rows", []))
+        outputs = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Norms, and the query and level embeddings of Mask2Former, are not decayed."""
+        spared = set()
+        for name, module in model.named_modules():
+            if isinstance(module, (*_NORMS, nn.Embedding)):
+                spared.update(f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False))
+        return [n for n, _ in model.named_parameters() if n not in spared and not n.endswith("level_embed")]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give an unfrozen encoder its own learning rate, if it has one."""
+        if self.optimizer is not None or self.args.encoder_learning_rate is None:
+            return super().create_optimizer(model)
+        model = model or self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("student."), name in decayed), []).append(parameter)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                    "lr": self.args.encoder_learning_rate if of_encoder else self.args.learning_rate,
+                }
+                # the head first: Trainer logs the first group's learning rate
+                for (of_encoder, decay), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: dict[str, EvaluationSet] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return ``eval_{domain}_miou`` of every domain and their mean ``eval_mean_miou``, in percent."""
+        results = self.evaluate_domains(eval_dataset, examples=0)
+        metrics = {}
+        for name, result in results.items():
+            metric = MeanIoU(num_labels=self.model.config.num_labels)
+            metric.merge(result.confusion)
+            metrics[f"{metric_key_prefix}_{name}_miou"] = 100 * metric.compute()["mean_iou"]
+        if metrics:
+            metrics[f"{metric_key_prefix}_mean_miou"] = sum(metrics.values()) / len(metrics)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_domains(
+        self, eval_dataset: dict[str, EvaluationSet] | None = None, examples: int = 2
+    ) -> dict[str, DomainResult]:
+        """Segment every image of every domain at its test size by sliding windows; count against the native labels.
+
+        Each process takes its share of the images; every process gets the full counts.
+
+        Args:
+            eval_dataset: other sets than the trainer's own.
+            examples: images kept for the report's figure, per domain.
+        """
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        return {name: self._evaluate_domain(name, images, examples) for name, images in sets.items()}
+
+    @torch.no_grad()
+    def _evaluate_domain(self, name: str, images: EvaluationSet, examples: int) -> DomainResult:
+        args = self.args
+        model = self.accelerator.unwrap_model(self.model).to(args.device).eval()
+        loader = DataLoader(
+            images.shard(args.process_index, args.world_size),
+            batch_size=args.per_device_eval_batch_size,
+            collate_fn=collate_evaluation,
+            num_workers=args.dataloader_num_workers,
+        )
+        classes = model.config.num_labels
+        counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
+        seen, kept, skipped = 0, [], []
+        bar = tqdm(loader, desc=name, unit="batch", disable=args.disable_tqdm or args.process_index > 0, leave=False)
+        for batch in bar:
+            skipped.extend(batch["bad_rows"])
+            pixels, labels = batch["pixel_values"], batch["labels"]
+            groups = [(pixels, labels)] if isinstance(pixels, torch.Tensor) else zip(pixels, labels, strict=True)
+            predictions = []
+            for group, truths in groups:
+                if group.ndim == 3:
+                    group, truths = group[None], [truths]
+                scores = self._window_scores(model, group.to(args.device))
+                for score, truth in zip(scores, truths, strict=True):
+                    # One image at a time: at native size its scores alone can weigh a gigabyte.
+                    predictions.append(resize(score[None], truth.shape)[0].argmax(0))
+                    counts += confusion_counts(predictions[-1], truth.to(args.device), classes)
+            for image, truth, prediction in zip(batch["images"], labels, predictions, strict=True):
+                if len(kept) < examples:
+                    kept.append((image, truth.numpy().astype("uint8"), prediction.cpu().numpy().astype("uint8")))
+            seen += len(labels)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        shares = gather_object([(seen, kept, skipped)])
+        return DomainResult(
+            domain=images.domain,
+            confusion=counts.cpu(),
+            images=sum(share[0] for share in shares),
+            skipped=[row for share in shares for row in share[2]],
+            examples=[example for share in shares for example in share[1]][:examples],
+        )
+
+    def _window_scores(self, model: GKDStudentForSemanticSegmentation, pixels: torch.Tensor) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            return sliding_window_logits(
+                lambda crops: model(pixel_values=crops).logits,
+                pixels,
+                window=self.args.window,
+                stride=self.args.stride,
+                batch_size=self.args.window_batch_size,
+            )

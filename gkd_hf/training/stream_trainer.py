@@ -1,0 +1,221 @@
+"""What the trainers of both stages share: streams read in place, exact resumption, every loss term watched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+
+from gkd_hf.data.streaming import SampleStream
+from gkd_hf.errors import InputError
+from gkd_hf.training.arguments import StageArguments
+from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
+
+
+class NonFiniteLossError(InputError):
+    """The loss or the weights are no longer finite numbers; the message names step, terms and last good checkpoint."""
+
+
+class StageProgress(ProgressCallback):
+    """One progress bar that carries the losses, in place of a printed dictionary at every logging step."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(
+        self, args: StageArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar where a resumed run stands."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description_str(self.title)
+            self.training_bar.update(state.global_step)
+            self.current_step = self.training_bar.initial = state.global_step
+
+    def on_log(
+        self,
+        args: StageArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss terms beside the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            shown = {key: f"{value:.3g}" for key, value in logs.items() if key not in ("epoch", "grad_norm")}
+            shown["lr"] = shown.pop("learning_rate", "")
+            self.training_bar.set_postfix(shown)
+
+
+class StreamTrainer(Trainer):
+    """A `Trainer` for endless streams.
+
+    - A `SampleStream` is cut for this process here and read as it is: Accelerate would shard it a second time.
+    - A resumed run starts the stream at its own position. Nothing that was seen is decoded again.
+    - ``compute_loss`` hands its named losses to `watch`: their means are logged, one that is not finite stops the run.
+    """
+
+    # Losses are means over a micro batch; Trainer divides them by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: StageArguments,
+        train_dataset: torch.utils.data.Dataset,
+        *,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        callbacks: list[TrainerCallback] | None = None,
+        title: str = "train",
+    ):
+        if args.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if isinstance(train_dataset, SampleStream):
+            args.ignore_data_skip = True  # the stream starts where it should
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
+        )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StageProgress(title))
+        self._start_step = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._first_bad: dict[str, torch.Tensor] | None = None
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Read a `SampleStream` from this run's position, as this process's share; other data sets as Trainer does."""
+        if not isinstance(self.train_dataset, SampleStream):
+            return super().get_train_dataloader()
+        args = self.args
+        stream = self.train_dataset.shard(
+            args.per_device_train_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            start=self._start_step * args.global_batch_size,
+        )
+        workers = args.dataloader_num_workers
+        loader = DataLoader(
+            stream,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=workers > 0 and args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
+        return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def note_bad_rows(self, rows: list[dict[str, str]]) -> None:
+        """Write rows that could not be read to the output folder at once, where a killed run finds them again."""
+        if rows:
+            path = Path(self.args.output_dir) / f"bad_rows.{self.args.process_index}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    @property
+    def bad_rows(self) -> list[dict[str, str]]:
+        """The distinct rows that were skipped in this folder's run, over all processes and restarts."""
+        found = {}
+        for path in sorted(Path(self.args.output_dir).glob("bad_rows.*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                found[row["domain"], row["id"]] = row
+        return list(found.values())
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train to ``max_steps``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last complete one of the output folder, if any.
+
+        Raises:
+            InputError: no such checkpoint.
+            NonFiniteLossError: the loss left the finite numbers.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        checkpoint = resume_from_checkpoint or None
+        self._start_step = checkpoint_step(checkpoint) if checkpoint else 0
+        if checkpoint is None and self.is_world_process_zero():
+            for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
+                path.unlink()
+        if checkpoint and self._start_step >= self.args.max_steps:
+            # Killed between its last checkpoint and the end: Trainer would train one more step.
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            return TrainOutput(self._start_step, 0.0, {})
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    # -- losses -------------------------------------------------------------------------------------------------------
+
+    def watch(self, losses: dict[str, torch.Tensor]) -> None:
+        """Add a micro batch's named losses to the means that are logged next, and remember the first non-finite ones.
+
+        ``losses`` must hold ``total``. On a GPU nothing is read back before the next log or save.
+        """
+        losses = {name: value.detach().float() for name, value in losses.items()}
+        for name, value in losses.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        finite = torch.isfinite(losses["total"])
+        found = losses | {"step": torch.full_like(losses["total"], self.state.global_step + 1)}
+        if self._first_bad is None:
+            self._first_bad = {name: torch.zeros_like(value) for name, value in found.items()}
+        unset = self._first_bad["step"] == 0
+        for name, value in found.items():
+            old = self._first_bad.get(name, torch.zeros_like(value))
+            self._first_bad[name] = torch.where(unset & ~finite, value, old)
+        if finite.device.type == "cpu":
+            self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self._first_bad is None or not (step := int(self._first_bad["step"].item())):
+            return
+        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in self._first_bad.items() if name != "step")
+        self._stop(f"the loss is not finite at step {step} ({terms})")
+
+    def _stop(self, what: str) -> None:
+        good = last_complete_checkpoint(self.args.output_dir)
+        place = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise NonFiniteLossError(f"{what}; {place}. Lower learning_rate, or run in fp32 if this was bf16.")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean of every loss term since the last time, over all processes."""
+        self._stop_if_not_finite()
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs.update({f"loss_{name}": value for name, value in zip(names, means.tolist(), strict=True)})
+            logs["loss"] = logs.pop("loss_total")
+            self._sums, self._counts = {}, {}
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint of broken weights would be resumed from for ever.
+        self._stop_if_not_finite()
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
+        if not torch.isfinite(torch.stack(norms)).all():
+            self._stop(f"the weights are not finite after step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
