@@ -87,12 +87,12 @@ def test_table_without_a_baseline_has_no_gain():
 
 def test_several_baselines_stand_in_order_and_the_gain_is_over_the_student_alone(report):
     report.add(result("night", 30, 70), baseline="kd")
-    lines = {line.split("│")[1].strip(): line for line in report.table().splitlines() if "│" in line}
-    assert lines["domain"].split() == "│ domain │ alone │ kd │ GKD │ gain │".split()
-    assert lines["night"].split() == "│ night │ 20.0 │ 30.0 │ 50.0 │ +30.0 │".split()
-    assert lines["fog"].split() == "│ fog │ 40.0 │ – │ 60.0 │ +20.0 │".split()
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in report.table().splitlines()]
+    assert ["domain", "alone", "kd", "GKD", "gain"] in lines
+    assert ["night", "20.0", "30.0", "50.0", "+30.0"] in lines
+    assert ["fog", "40.0", "–", "60.0", "+20.0"] in lines
     # kd lacks fog: a mean over night alone would not compare with the others'.
-    assert lines["mean of 2 unseen domains"].split()[-8:] == "│ 30.0 │ – │ 55.0 │ +25.0 │".split()[-8:]
+    assert ["mean of 2 unseen domains", "30.0", "–", "55.0", "+25.0"] in lines
 
 
 def test_markdown_tells_domains_classes_rows_settings_and_versions(report):
