@@ -70,8 +70,8 @@ class MSEObjective(nn.Module):
 class GKDObjective(MSEObjective):
     """Query-based soft distillation of class token, features and masked patches: GKD's stage-1 objective.
 
-    State-dict keys are ``{patch,feature,token}.{query,value}.{norm,proj}.{weight,bias}``. The token head attends over a
-    single key, so its query branch can have no gradient: it is kept for loading, and neither computed nor optimised.
+    State-dict keys are ``{patch,feature,token}.{query,value}.{norm,proj}.{weight,bias}``. The token head attends over
+    a single key, so its query branch can have no gradient: it is kept for loading, and neither computed nor optimised.
 
     Args:
         student_dim: C_s. teacher_dim: C_t.

@@ -69,10 +69,6 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
 
     def __init__(self, config: Mask2FormerConfig, channels: tuple[int, ...], ignore_index: int):
         super().__init__(config)
-        if len(channels) < 3:
-            raise InputError(
-                f"decode_head mask2former needs three stage maps or more, the encoder has {len(channels)}"
-            )
         self.ignore_index = ignore_index
         self.weights = {
             "loss_cross_entropy": config.class_weight,
@@ -155,6 +151,8 @@ def build_decode_head(
         if options:
             raise InputError(f"decode_head linear has no options, got {', '.join(options)}")
         return LinearHead(channels, num_labels, ignore_index)
+    if len(channels) < 3:
+        raise InputError(f"decode_head mask2former needs three stage maps or more, the encoder has {len(channels)}")
     if len(set(strides)) == 1:
         strides = tuple(round(strides[0] / scale) for scale in Mask2FormerHead.pyramid_scales)
     known = set(Mask2FormerConfig().to_dict())

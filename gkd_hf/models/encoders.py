@@ -214,9 +214,9 @@ class ResNetAdapter(_ConvolutionalAdapter):
 
 
 class MobileNetV2Adapter(_ConvolutionalAdapter):
-    """MobileNetV2: maps are the last block of each resolution; the coarsest is the 1×1 convolution that ends the network.
+    """MobileNetV2: maps are the last block of each resolution but the coarsest, which is the last 1×1 convolution.
 
-    That convolution is where the tokens are read, so a decode head sees what was distilled.
+    That is where the tokens are read, so a decode head sees what was distilled.
     """
 
     model_class = MobileNetV2Model

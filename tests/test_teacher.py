@@ -1,0 +1,76 @@
+"""The teacher: frozen for good, its own normalisation, its grid brought onto the student's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gkd_hf import GKDTeacher, InputError
+from gkd_hf.models.encoders import adapter_for
+from gkd_hf.models.loading import load_encoder
+from tests.tiny import ENCODERS
+
+HALF = torch.full((1, 3, 1, 1), 0.5)
+
+
+def test_it_never_trains() -> None:
+    teacher = GKDTeacher(ENCODERS["resnet"])
+    holder = nn.ModuleList([teacher]).train()
+    assert holder.training and not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    pixels = torch.randn(1, 3, 64, 64, requires_grad=True)
+    output = teacher(pixels, (4, 4), HALF, HALF)
+    assert not output.patches.requires_grad and not output.cls.requires_grad
+
+
+def test_it_renormalises_the_students_pixels(tmp_path) -> None:
+    encoder, _, _ = load_encoder(ENCODERS["vit"])
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    teacher = GKDTeacher(tmp_path)
+    raw = torch.rand(2, 3, 32, 32)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)
+    expected = adapter_for(teacher.encoder.config).forward(teacher.encoder, (raw - mean) / std)
+    output = teacher((raw - 0.5) / 0.25, (4, 4), HALF, HALF / 2)
+    torch.testing.assert_close(output.patches, expected.patches)
+    torch.testing.assert_close(output.cls, expected.cls)
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "resnet"])
+def test_native_geometry_gives_the_students_grid(kind: str) -> None:
+    teacher = GKDTeacher(ENCODERS[kind])
+    output = teacher(torch.randn(1, 3, 96, 64), (6, 4), HALF, HALF)  # a student of patch 16
+    assert output.grid == (6, 4) and output.patches.shape == (1, 24, teacher.width)
+
+
+def test_native_geometry_resizes_to_its_own_patches() -> None:
+    """512/16 = 448/14: a teacher of patch 14 sees a 28² image where a student of patch 16 sees 32²."""
+    teacher = GKDTeacher({**ENCODERS["dinov2"], "patch_size": 14, "image_size": 28})
+    seen = []
+    teacher.encoder.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    assert teacher(torch.randn(1, 3, 32, 32), (2, 2), HALF, HALF).grid == (2, 2)
+    assert seen == [(28, 28)]
+
+
+def test_resampled_geometry_sees_the_students_image() -> None:
+    teacher = GKDTeacher({**ENCODERS["dinov2"], "patch_size": 14, "image_size": 28}, geometry="resample_patch_embed")
+    teacher.fit_geometry(32, (2, 2))
+    assert teacher.encoder.config.patch_size == 16
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert teacher(torch.randn(1, 3, 32, 32), (2, 2), HALF, HALF).grid == (2, 2)
+    with pytest.raises(InputError, match="cannot be resampled to a 3×3 grid of a 32² image"):
+        teacher.fit_geometry(32, (3, 3))
+
+
+def test_grid_of_a_cnns_image_is_the_teachers() -> None:
+    assert GKDTeacher(ENCODERS["vit"]).grid_for(60) == (8, 8)  # 60 / 8 = 7.5
+
+
+def test_bad_teachers_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown teacher geometry 'nativ', did you mean 'native'"):
+        GKDTeacher(ENCODERS["vit"], geometry="nativ")
+    with pytest.raises(InputError, match="needs patch kernels and positions to resample, resnet has none"):
+        GKDTeacher(ENCODERS["resnet"], geometry="resample_patch_embed")
+    with pytest.raises(InputError, match="encoders of type 'gpt2' are not supported"):
+        GKDTeacher({"model_type": "gpt2"})
