@@ -1,6 +1,6 @@
-"""The domains of the benchmarks: label spaces, splits, test sizes, licences, and which source is tested on which target.
+"""The domains of the benchmarks: label spaces, splits, test sizes, licences; which source is tested on which target.
 
-Numbers and pairings follow GKD (arXiv 2603.02554) and the data sets' own publications; palettes are the published ones.
+Numbers and pairings follow GKD (arXiv 2603.02554) and the data sets' own publications, as do the palettes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from gkd_hf.errors import InputError, nearest
 
 IGNORE_INDEX = 255
+MAX_CLASSES = 254  # 255 is "ignore", and label maps mark unlisted values with 254
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class LabelSpace:
                 f"label space '{self.name}' has {len(self.classes)} classes but {len(self.palette)} colours: "
                 "give one RGB colour per class"
             )
-        if not 1 <= len(self.classes) <= IGNORE_INDEX:
-            raise InputError(f"label space '{self.name}' has {len(self.classes)} classes: 1 to 255 are possible")
+        if not 1 <= len(self.classes) <= MAX_CLASSES:
+            raise InputError(
+                f"label space '{self.name}' has {len(self.classes)} classes: 1 to {MAX_CLASSES} are possible"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""From the bytes of one table cell to an RGB image or an array of label ids, by stated rules."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from gkd_hf.errors import InputError
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused as decompression bombs (Pillow's own limit for an error)."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class CorruptImage(Exception):
+    """The bytes of one cell are not a readable image; the row is skipped, counted and reported."""
+
+
+def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
+    """Decode a cell (``{"bytes", "path"}`` or bytes) completely; raises ``CorruptImage`` with the reason."""
+    if cell is None:
+        raise CorruptImage(f"empty {column} cell")
+    data, path = (cell, None) if isinstance(cell, bytes) else (cell.get("bytes"), cell.get("path"))
+    if data is None and path:
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise CorruptImage(f"{column} file cannot be read: {error}") from error
+    if not data:
+        raise CorruptImage(f"{column} has zero bytes")
+    try:
+        # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise CorruptImage(f"{column} of {image.width}×{image.height} pixels is a decompression bomb")
+        image.load()
+    except (CorruptImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged bytes
+        reason = str(error) if str(error) and "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
+        raise CorruptImage(f"{column}: {reason}") from error
+    return image
+
+
+def decode_image(cell: Mapping | bytes | None, where: str) -> PIL.Image.Image:
+    """Decode an image cell to an upright RGB image.
+
+    Conversions: EXIF orientation is applied; of an animation the first frame is taken; palette, CMYK, YCbCr, bilevel
+    and grey images become RGB; alpha is dropped (transparent pixels keep their stored colour); 16-bit grey keeps its
+    upper eight bits. Raises ``CorruptImage`` (with ``where`` in no message: the caller reports the row) for anything
+    that cannot be decoded, floating-point pixels included.
+    """
+    image = _open(cell, "image")
+    try:
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block
+        raise CorruptImage(f"image: unreadable EXIF block ({error})") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise CorruptImage("image has floating-point pixels, whose range is unknown")
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
+    """Decode a label cell to its stored ids, H×W (uint8, uint16 or int32); a palette image keeps its indices.
+
+    Raises ``CorruptImage`` for unreadable bytes, and ``InputError`` naming ``where`` for a missing label or for one
+    that stores colours in place of ids.
+    """
+    if cell is None:
+        raise InputError(f"{where}: the row has no label; remove the row, or use the data for label-free stages only")
+    image = _open(cell, "label")
+    if image.mode in ("L", "P") or image.mode.startswith("I"):
+        return np.asarray(image)
+    if image.mode == "1":
+        return np.asarray(image).astype(np.uint8)
+    raise InputError(
+        f"{where}: the label is a picture of mode {image.mode} (colours), not one integer id per pixel; "
+        "convert it to a single-channel PNG of ids"
+    )

@@ -1,0 +1,389 @@
+"""Streams of decoded, transformed samples: endless and exactly resumable for training, finite for evaluation."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+import torch.utils.data
+
+from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
+from gkd_hf.data.domains import LabelSpace
+from gkd_hf.data.label_maps import LabelMap
+from gkd_hf.data.ordering import OrderedRows
+from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.data.transforms import EvaluationTransform
+from gkd_hf.errors import InputError
+
+__all__ = [
+    "CorruptImage",
+    "DataError",
+    "EvaluationSet",
+    "SampleStream",
+    "collate",
+    "collate_evaluation",
+    "count_rows",
+    "decode_image",
+    "decode_label",
+    "open_rows",
+]
+
+
+class DataError(InputError):
+    """An ``InputError`` found while reading rows; keeps its one line when it crosses a ``DataLoader`` worker.
+
+    A worker's exception is rebuilt in the main process from its whole traceback text.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("DataError: ")[2].strip())
+
+
+class _BadRows:
+    """The distinct corrupt rows that one reader has met, and the rule for stopping."""
+
+    def __init__(self, domain: str, limit: float, ordered: OrderedRows) -> None:
+        self._domain = domain
+        self._limit = limit
+        self._ordered = ordered
+        self._entries: dict[str, dict[str, str]] = {}
+        self.attempted = 0
+
+    def add(self, row: dict, reason: str) -> dict[str, str]:
+        """Note one corrupt row; returns its entry for the report."""
+        identity = _identity(row)
+        entry = {"domain": self._domain, "id": identity, "reason": reason}
+        self._entries.setdefault(identity, entry)
+        return entry
+
+    def check(self) -> None:
+        """Raise ``InputError`` if more than ``limit`` of the rows, and more than one, are corrupt.
+
+        Judged against all rows of the domain, and earlier when what was read so far leaves no doubt (four standard
+        deviations), so that neither a few bad rows met early stop a run nor a rotten data set runs for long.
+        """
+        bad = len(self._entries)
+        if bad <= 1:
+            return
+        expected = self._limit * min(self.attempted, self._ordered.num_rows)
+        if bad > max(1.0, self._limit * self._ordered.num_rows) or bad > expected + 4 * math.sqrt(expected) + 3:
+            shown = "; ".join(
+                f"{entry['id']} ({entry['reason']})" for entry in itertools.islice(self._entries.values(), 10)
+            )
+            more = f"; and {bad - 10} more" if bad > 10 else ""
+            raise InputError(
+                f"domain '{self._domain}': {bad} corrupt rows among {self._ordered.num_rows}, more than the "
+                f"{self._limit:.1%} that may be skipped: {shown}{more}. Repair or remove these rows"
+            )
+
+
+def _identity(row: dict) -> str:
+    """Name a row by its ``id``, its file, or the hash of its bytes: the same in every pass and on every process."""
+    if row.get("id") is not None:
+        return str(row["id"])
+    image = row.get("image") or {}
+    if image.get("path"):
+        return image["path"]
+    return "sha1:" + hashlib.sha1(image.get("bytes") or b"").hexdigest()[:12]
+
+
+class _RowDecoder:
+    """Raw row → upright RGB image and, if there is a label map, train ids; checks that they belong together."""
+
+    def __init__(self, domain: str, label_map: LabelMap | None) -> None:
+        self._domain = domain
+        self._label_map = label_map
+
+    def __call__(self, row: dict) -> tuple[PIL.Image.Image, np.ndarray | None]:
+        where = f"domain '{self._domain}', row '{_identity(row)}'"
+        if "image" not in row:
+            raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
+        image = decode_image(row["image"], where)
+        if self._label_map is None:
+            return image, None
+        if "label" not in row:
+            raise InputError(f"domain '{self._domain}': no column 'label' (columns present: {', '.join(row)})")
+        label = decode_label(row["label"], where)
+        if label.shape != (image.height, image.width):
+            raise InputError(
+                f"{where}: the image is {image.width}×{image.height} but its label is "
+                f"{label.shape[1]}×{label.shape[0]} pixels; every label must have its image's size"
+            )
+        return image, self._label_map.apply(label, where)
+
+
+def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _worker() -> tuple[int, int]:
+    info = torch.utils.data.get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+class SampleStream(torch.utils.data.IterableDataset):
+    """An endless, globally ordered stream of transformed samples.
+
+    The g-th sample of a run is a pure function of (seed, g), whatever the number of processes and workers: its row is
+    the g-th of all passes (each pass in a new order), its augmentation draws from a generator seeded by (seed, g).
+    The order is cut into global micro batches of ``micro_batch_size * world_size``; rank r takes the r-th contiguous
+    slice of each, and ``DataLoader`` worker w of W every W-th micro batch, so that a loader with
+    ``batch_size=micro_batch_size`` returns the slices in order. Use it with ``dispatch_batches=False`` and without any
+    further splitting. Samples before ``start`` are skipped without being decoded.
+
+    A corrupt row's place is taken by the next readable row, and the row is reported under ``bad_rows``.
+
+    Args:
+        rows: from ``open_rows``, or any ``IterableDataset`` with an ``image`` (and ``label``, ``id``) column.
+        transform: ``transform(image, rng)`` or, with a label map, ``transform(image, rng, label)`` → dict of tensors.
+        seed: of order and augmentation, ≥ 0.
+        micro_batch_size: samples in one process's batch.
+        rank: this process; world_size: number of processes.
+        start: index of the first sample to yield, a multiple of the global micro batch.
+        shuffle: a new order in each pass, or the stored order.
+        buffer_size: rows in the shuffle buffer (at most 256 MiB of them, in each worker).
+        domain: name for messages and reports.
+        label_map: labels are decoded, mapped and yielded only if given.
+        bad_row_limit: largest fraction of corrupt rows that is skipped.
+        num_rows: rows in one pass if known (``count_rows``); saves reading the data once when resuming.
+
+    Yields ``{"pixel_values": float32 3×S×S, ["labels": int64 S×S], "index": g, "bad_rows": [{domain, id, reason}]}``.
+    Raises ``InputError`` for an empty or unreadable data set, too many corrupt rows, a label value outside the map,
+    and an image and label of different size.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        transform: Callable[..., dict[str, torch.Tensor]],
+        *,
+        seed: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        shuffle: bool = True,
+        buffer_size: int = 2048,
+        domain: str = "",
+        label_map: LabelMap | None = None,
+        bad_row_limit: float = 0.01,
+        num_rows: int | None = None,
+    ) -> None:
+        if seed < 0:
+            raise InputError(f"seed is {seed}: it must be 0 or greater")
+        if buffer_size < 1:
+            raise InputError(f"buffer_size is {buffer_size}: it must be 1 or greater")
+        self.rows = _undecoded(rows)
+        self.transform = transform
+        self.seed = seed
+        self.shuffle = shuffle
+        self.buffer_size = buffer_size
+        self.domain = domain
+        self.label_map = label_map
+        self.bad_row_limit = bad_row_limit
+        self.num_rows = num_rows
+        self._place(micro_batch_size, rank, world_size, start)
+
+    def _place(self, micro_batch_size: int, rank: int, world_size: int, start: int) -> None:
+        if micro_batch_size < 1 or not 0 <= rank < world_size or start < 0:
+            raise InputError(
+                f"impossible share of the data: batch {micro_batch_size}, rank {rank} of {world_size}, start {start}"
+            )
+        if start % (micro_batch_size * world_size):
+            raise InputError(
+                f"cannot resume at sample {start}: it is not a multiple of the batch of {micro_batch_size} on "
+                f"{world_size} process(es); resume with the batch size and number of processes of the first run"
+            )
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+
+    def shard(self, micro_batch_size: int, rank: int, world_size: int, start: int = 0) -> SampleStream:
+        """Return a copy for one process of a run, starting at sample ``start``."""
+        other = copy.copy(self)
+        other._place(micro_batch_size, rank, world_size, start)
+        return other
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._samples()
+        except InputError as error:
+            raise DataError(str(error)) from None
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        worker, num_workers = _worker()
+        ordered = OrderedRows(
+            self.rows,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            buffer_size=self.buffer_size,
+            num_rows=self.num_rows,
+            name=self.domain,
+        )
+        decode = _RowDecoder(self.domain, self.label_map)
+        bad = _BadRows(self.domain, self.bad_row_limit, ordered)
+        global_batch = self.micro_batch_size * self.world_size
+        for batch in itertools.count(worker, num_workers):
+            first = self.start + batch * global_batch + self.rank * self.micro_batch_size
+            for index in range(first, first + self.micro_batch_size):
+                ordered.release(index)
+                image, label, reported = self._next_readable(index, ordered, decode, bad)
+                rng = np.random.default_rng([self.seed, index])
+                sample = self.transform(image, rng) if label is None else self.transform(image, rng, label)
+                yield {**sample, "index": index, "bad_rows": reported}
+
+    @staticmethod
+    def _next_readable(
+        index: int, ordered: OrderedRows, decode: _RowDecoder, bad: _BadRows
+    ) -> tuple[PIL.Image.Image, np.ndarray | None, list[dict[str, str]]]:
+        reported: list[dict[str, str]] = []
+        for position in itertools.count(index):
+            row = ordered.row(position)
+            bad.attempted += 1
+            try:
+                return *decode(row), reported
+            except CorruptImage as error:
+                reported.append(bad.add(row, str(error)))
+                bad.check()
+            if len(reported) >= ordered.num_rows:
+                raise InputError(
+                    f"no readable row in a whole pass ({len(reported)} rows); the first is {reported[0]['id']} "
+                    f"({reported[0]['reason']})"
+                )
+        raise AssertionError("unreachable: the rows are endless")
+
+
+class EvaluationSet(torch.utils.data.IterableDataset):
+    """A finite, ordered set of labelled images at their domain's test size; image i goes to rank i mod ``world_size``.
+
+    Args:
+        rows: from ``open_rows``, with ``image`` and ``label``.
+        transform: resize and normalisation of the image; the label keeps its own size.
+        label_map, label_space: of the domain.
+        domain: name for messages and reports.
+        limit: use only the first ``limit`` images; ``None`` uses all.
+        bad_row_limit: largest fraction of corrupt rows that is skipped.
+
+    Yields ``{"pixel_values": float32 3×H×W, "labels": int64 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
+    where h×w is the image's own size. A corrupt row is left out and reported with the reader's next image (or its
+    last one); a reader whose whole share is corrupt yields one sample whose other entries are ``None``.
+    Raises ``InputError`` as ``SampleStream`` does.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        transform: EvaluationTransform,
+        *,
+        label_map: LabelMap,
+        label_space: LabelSpace,
+        domain: str,
+        limit: int | None = None,
+        bad_row_limit: float = 0.01,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise InputError(f"limit is {limit} for domain '{domain}': give 1 or more, or null for all images")
+        self.rows = _undecoded(rows)
+        self.transform = transform
+        self.label_map = label_map
+        self.label_space = label_space
+        self.domain = domain
+        self.limit = limit
+        self.bad_row_limit = bad_row_limit
+        self.rank = rank
+        self.world_size = world_size
+
+    def shard(self, rank: int, world_size: int) -> EvaluationSet:
+        """Return a copy for one process."""
+        other = copy.copy(self)
+        other.rank, other.world_size = rank, world_size
+        return other
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._samples()
+        except InputError as error:
+            raise DataError(str(error)) from None
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        worker, num_workers = _worker()
+        reader, num_readers = self.rank + self.world_size * worker, self.world_size * num_workers
+        ordered = OrderedRows(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
+        decode = _RowDecoder(self.domain, self.label_map)
+        bad = _BadRows(self.domain, self.bad_row_limit, ordered)
+        # One sample is held back so that corrupt rows at the end still find one to travel with.
+        held: dict[str, Any] | None = None
+        reported: list[dict[str, str]] = []
+        count = 0
+        for count, row in enumerate(itertools.islice(ordered.one_pass(), self.limit), start=1):  # noqa: B007
+            if (count - 1) % num_readers != reader:
+                continue
+            bad.attempted += 1
+            try:
+                image, label = decode(row)
+            except CorruptImage as error:
+                reported.append(bad.add(row, str(error)))
+                bad.check()
+                continue
+            if held is not None:
+                yield held
+            held = {
+                "pixel_values": self.transform(image),
+                "labels": torch.from_numpy(label.astype(np.int64)),
+                "image": np.array(image),
+                "id": _identity(row),
+                "bad_rows": reported,
+            }
+            reported = []
+        if count == 0:
+            raise InputError(f"domain '{self.domain}' has no rows: check the folder and the split")
+        if held is None:
+            if not reported:
+                return
+            held = {"pixel_values": None, "labels": None, "image": None, "id": None, "bad_rows": []}
+        held["bad_rows"] = held["bad_rows"] + reported
+        yield held
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack training samples: ``pixel_values`` B×3×S×S, ``labels`` B×S×S if any, ``bad_rows`` one flat list."""
+    batch: dict[str, Any] = {
+        key: torch.stack([sample[key] for sample in samples])
+        for key in ("pixel_values", "labels")
+        if key in samples[0]
+    }
+    batch["bad_rows"] = [row for sample in samples for row in sample["bad_rows"]]
+    return batch
+
+
+def collate_evaluation(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Collect evaluation samples: ``labels``, ``image``, ``id`` lists, ``bad_rows`` one flat list.
+
+    ``pixel_values`` is B×3×H×W when all images have one size, else a list of 3×H×W. All are empty lists when the
+    samples carry nothing but corrupt rows.
+    """
+    readable = [sample for sample in samples if sample["pixel_values"] is not None]
+    pixel_values: Any = [sample["pixel_values"] for sample in readable]
+    if len({tuple(image.shape) for image in pixel_values}) == 1:
+        pixel_values = torch.stack(pixel_values)
+    return {
+        "pixel_values": pixel_values,
+        "labels": [sample["labels"] for sample in readable],
+        "image": [sample["image"] for sample in readable],
+        "id": [sample["id"] for sample in readable],
+        "bad_rows": [row for sample in samples for row in sample["bad_rows"]],
+    }
