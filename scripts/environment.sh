@@ -27,7 +27,7 @@ wanted="$(cat setup.cfg pyproject.toml scripts/constraints.txt | python -c 'impo
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the known-good versions of scripts/constraints.txt into $VIRTUAL_ENV (once; a few minutes)"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
-    python -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)"
-    python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[test]'
+    python -m pip install -qq "$(grep '^torch==' scripts/constraints.txt)"
+    python -m pip install -qq --constraint scripts/constraints.txt --editable '.[test]'
     echo "$wanted" >"$stamp"
 fi

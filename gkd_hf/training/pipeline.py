@@ -1,0 +1,404 @@
+"""A recipe, run: the label-free stages one after the other, the task, the baselines, the evaluation, the report.
+
+Everything can be interrupted anywhere. The same recipe goes on where it stood: a finished stage is not run again, an
+interrupted one continues from its last complete checkpoint. So that this changes no weight, a stage never takes over
+anything from the memory of the one before, only what that one saved, and seeds itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from gkd_hf.data.streaming import EvaluationSet, SampleStream
+from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
+from gkd_hf.errors import InputError
+from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
+from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
+from gkd_hf.training.recipe_data import DataUse, RecipeData, is_toy_city
+from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
+from gkd_hf.training.stage_folder import StageFolder, replace_folder
+
+TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
+OBJECTIVES = dict(zip(METHODS, ("qsd", "mse"), strict=True))
+COPIED_SETTINGS = ("weight_decay", "gradient_accumulation_steps", "sync_batch_norm", "save_steps", "logging_steps")
+DISTILLATION_SETTINGS = (
+    "min_learning_rate",
+    "mask_probability",
+    "mask_ratio",
+    "token_weight",
+    "feature_weight",
+    "patch_weight",
+    "query_warmup_steps",
+    "attention_scale",
+    "freeze_batch_norm",
+)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Run or continue a recipe; print the table of results last.
+
+    Returns:
+        The content of report.json; without a task stage `{"encoder": folder}`.
+
+    Raises:
+        InputError: anything wrong in recipe, models or data, before any training; afterwards more than 1 % unreadable
+            images, or a loss that is not finite.
+    """
+    return Pipeline(recipe).run()
+
+
+class Pipeline:
+    """The stages of one recipe, in this process's share of the run."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.state = PartialState()
+        self.output_dir = Path(recipe.output_dir)
+        self.data = RecipeData(recipe)
+        self.folders = self._folders()
+
+    def run(self) -> dict[str, Any]:
+        """See `run`."""
+        recipe = self.recipe
+        if self.state.is_main_process:
+            check_output_dir(self.output_dir)
+            self.check_models()
+            self.data.render_toy_city(progress=True)
+            self.data.check_rows()
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            recipe.save(self.output_dir)
+        self.state.wait_for_everyone()
+
+        previous: StageFolder | None = None
+        for name, stage in recipe.stages.distillation():
+            self._distil(name, stage, previous)
+            previous = self.folders[name]
+        if recipe.stages.task is None:
+            return self._finish_without_task(previous)
+
+        trainer = self._learn_task("task", previous)
+        report = self._report(trainer, previous)
+        if self.state.is_main_process:
+            report.write(self.output_dir)
+            print(f"\n{report.table()}", flush=True)
+        self.state.wait_for_everyone()
+        return report.as_dict()
+
+    # -- before any training ------------------------------------------------------------------------------------------
+
+    def check_models(self) -> None:
+        """Load student and teacher and bring them to the geometry of every stage.
+
+        Raises:
+            InputError: unknown architecture, unreadable weights, image sizes or grids that do not fit; batch sizes that
+                the processes cannot share.
+        """
+        student = teacher = None
+        for name, stage in self.recipe.stages:
+            self._device_batch(name, stage)
+            train_steps(self.data, name, stage)
+            try:
+                student = student or new_student(self.recipe)
+                student.set_geometry(stage.image_size, stage.patch_size)
+                if isinstance(stage, DistillationRecipe):
+                    teacher = teacher or self._teacher()
+                    check_grids(student, teacher, stage.image_size)
+                else:
+                    self._new_segmenter(student, stage)
+            except InputError as error:
+                raise InputError(f"stages.{name}: {error}") from error
+
+    def _folders(self) -> dict[str, StageFolder]:
+        recipe, folders, before = self.recipe, {}, "none"
+        shared = {"seed": recipe.seed, "student": dataclasses.asdict(recipe.student)}
+        for name, stage in recipe.stages:
+            settings = shared | {
+                "after": before,
+                "stage": dataclasses.asdict(stage),
+                "data": self._data_settings(stage),
+            }
+            if isinstance(stage, DistillationRecipe):
+                settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
+                folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
+                before = name
+                continue
+            folders.update(
+                {
+                    baseline: StageFolder(self.output_dir / "baselines" / baseline, {**settings, "after": "none"})
+                    for baseline in recipe.baselines
+                }
+            )
+            for key in ("baseline_learning_rate", "baseline_encoder_learning_rate"):
+                del settings["stage"][key]
+            folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
+        return folders
+
+    def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
+        data = self.recipe.data
+        if is_toy_city(stage.data):
+            # Where the scenes are depends on output_dir, which may be moved; what they are does not.
+            toy_city = dataclasses.asdict(data.toy_city)
+            del toy_city["test_images"]
+            return {"toy_city": toy_city}
+        place = self.data.location(stage.data)
+        settings = {"root": os.path.abspath(place) if os.path.isdir(place) else place}
+        if isinstance(stage, TaskRecipe):
+            settings |= {"label_map": data.label_maps.get(stage.data), "classes": data.classes}
+        return settings
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def _distil(self, name: str, stage: DistillationRecipe, previous: StageFolder | None) -> None:
+        folder = self.folders[name]
+        if not self._begin(folder, name, stage):
+            return
+        set_seed(self.recipe.seed)
+        student = self._student_after(previous, stage)
+        arguments = self._arguments(
+            GKDDistillationArguments,
+            folder,
+            name,
+            stage,
+            learning_rate=stage.learning_rate,
+            objective=OBJECTIVES[self.recipe.method],
+            **{key: getattr(stage, key) for key in DISTILLATION_SETTINGS},
+        )
+        transform = DistillationTransform(
+            stage.image_size,
+            student.config.image_mean,
+            student.config.image_std,
+            crop_scale=tuple(stage.crop_scale),
+            rand_augment=stage.rand_augment,
+            erase_probability=stage.erase_probability,
+        )
+        stream = self._stream(stage, transform, arguments, labelled=False)
+        trainer = GKDDistillationTrainer(student, self._teacher(), arguments, stream, title=name)
+        if previous is not None and stage.carry_heads:
+            trainer.objective.load_state_dict(load_file(previous.heads))
+        self._train(trainer, folder, lambda place: self._save_stage_one(trainer, folder, place))
+
+    def _save_stage_one(self, trainer: GKDDistillationTrainer, folder: StageFolder, place: Path) -> None:
+        heads = {key: value.detach().cpu().contiguous() for key, value in trainer.objective.state_dict().items()}
+        save_file(heads, folder.heads)
+        trainer.save_model(str(place))
+
+    def _learn_task(self, name: str, previous: StageFolder | None) -> GKDSegmentationTrainer:
+        """Train, or load, the segmenter of the task stage or of a baseline, ready to be evaluated."""
+        stage, folder, baseline = self.recipe.stages.task, self.folders[name], name != "task"
+        title = f"baseline {name}" if baseline else name
+        untrained = self._begin(folder, title, stage)
+        set_seed(self.recipe.seed)
+        if untrained:
+            model = self._new_segmenter(self._student_after(previous, stage), stage)
+        else:
+            model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
+        frozen = not baseline
+        learning_rate = stage.baseline_learning_rate if baseline else None
+        arguments = self._arguments(
+            GKDSegmentationArguments,
+            folder,
+            "task",
+            stage,
+            learning_rate=learning_rate or stage.learning_rate,
+            freeze_encoder=frozen,
+            encoder_learning_rate=None if frozen else stage.baseline_encoder_learning_rate,
+            window=stage.window,
+            stride=stage.stride,
+            window_batch_size=stage.window_batch_size,
+            per_device_eval_batch_size=stage.window_batch_size,
+        )
+        mean, std = model.config.image_mean, model.config.image_std
+        size = stage.image_size
+        transform = SegmentationTransform(
+            size,
+            mean,
+            std,
+            short_sides=tuple(stage.short_sides or (int(size * tenths / 10) for tenths in range(5, 21))),
+            max_long_side=4 * size,
+            max_class_fraction=stage.max_class_fraction,
+            photometric=stage.photometric,
+        )
+        stream = self._stream(stage, transform, arguments, labelled=True)
+        sets = {domain: self._evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
+        trainer = GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
+        if untrained:
+            self._train(trainer, folder, model.save_pretrained)
+        return trainer
+
+    def _begin(self, folder: StageFolder, title: str, stage: StageRecipe) -> bool:
+        """Say what comes, and return whether there is anything left to train."""
+        steps = train_steps(self.data, title, stage)
+        what = "finished before" if folder.finished else f"{steps} steps of {stage.batch_size} × {stage.data}"
+        if self.state.is_main_process:
+            print(f"[{title}] {what}", flush=True)
+            if not folder.finished:
+                folder.begin()
+        self.state.wait_for_everyone()
+        return not folder.finished
+
+    def _train(
+        self,
+        trainer: GKDDistillationTrainer | GKDSegmentationTrainer,
+        folder: StageFolder,
+        save: Callable[[Path], None],
+    ) -> None:
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=True)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            summary = {
+                "steps": trainer.state.global_step,
+                "seconds_since_last_start": round(time.monotonic() - began, 1),
+                "skipped_rows": trainer.bad_rows,
+            }
+            folder.finish(save, summary)
+        self.state.wait_for_everyone()
+
+    # -- models and data ----------------------------------------------------------------------------------------------
+
+    def _student_after(self, previous: StageFolder | None, stage: StageRecipe) -> GKDStudentModel:
+        student = new_student(self.recipe) if previous is None else GKDStudentModel.from_pretrained(previous.model)
+        student.set_geometry(stage.image_size, stage.patch_size)
+        return student
+
+    def _teacher(self) -> GKDTeacher:
+        # A fresh one for each stage: resampled kernels must come from the original ones.
+        teacher = self.recipe.teacher
+        return GKDTeacher(TOY_TEACHER if teacher.name == "toy" else teacher.name, geometry=teacher.geometry)
+
+    def _new_segmenter(self, student: GKDStudentModel, stage: TaskRecipe) -> GKDStudentForSemanticSegmentation:
+        classes = self.data.label_space.classes
+        return GKDStudentForSemanticSegmentation.from_student(
+            student, num_labels=len(classes), id2label=dict(enumerate(classes)), decode_head=stage.decode_head
+        )
+
+    def _device_batch(self, name: str, stage: StageRecipe) -> int:
+        share = self.state.num_processes * stage.gradient_accumulation_steps
+        if stage.batch_size % share:
+            raise InputError(
+                f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {self.state.num_processes} process(es) × "
+                f"{stage.gradient_accumulation_steps} accumulation step(s): choose a multiple of {share}"
+            )
+        return stage.batch_size // share
+
+    def _arguments(self, kind: type, folder: StageFolder, name: str, stage: StageRecipe, **settings: Any) -> Any:
+        bf16 = stage.precision == "bf16" or (stage.precision == "auto" and torch.cuda.is_available())
+        return kind(
+            output_dir=str(folder.path),
+            max_steps=train_steps(self.data, name, stage),
+            per_device_train_batch_size=self._device_batch(name, stage),
+            dataloader_num_workers=stage.workers,
+            bf16=bf16,
+            seed=self.recipe.seed,
+            **{key: getattr(stage, key) for key in COPIED_SETTINGS},
+            **settings,
+        )
+
+    def _stream(
+        self,
+        stage: StageRecipe,
+        transform: DistillationTransform | SegmentationTransform,
+        arguments: GKDDistillationArguments | GKDSegmentationArguments,
+        *,
+        labelled: bool,
+    ) -> SampleStream:
+        return SampleStream(
+            self.data.rows(DataUse(stage.data, "train", labelled)),
+            transform,
+            seed=self.recipe.seed,
+            micro_batch_size=arguments.per_device_train_batch_size,
+            domain=stage.data,
+            label_map=self.data.label_map(stage.data) if labelled else None,
+        )
+
+    def _evaluation_set(self, name: str, mean: list[float], std: list[float]) -> EvaluationSet:
+        entry = recipe_domain(name)
+        return EvaluationSet(
+            self.data.rows(DataUse(name, "test", True)),
+            EvaluationTransform(mean, std, size=entry.test_size, keep_ratio=entry.keep_ratio),
+            domain=name,
+            label_map=self.data.label_map(name),
+            label_space=self.data.label_space,
+            limit=self.recipe.stages.task.evaluation_images,
+        )
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _report(self, trainer: GKDSegmentationTrainer, last: StageFolder | None) -> DomainReport:
+        recipe = self.recipe
+        trainers = {None: trainer} | {name: self._learn_task(name, None) for name in recipe.baselines}
+        if self.state.is_main_process:
+            self._save_artefacts(trainer.model)
+        method = {"gkd": "GKD", "mse": "MSE"}[recipe.method] if last is not None else "alone"
+        report = DomainReport(self.data.source, self.data.label_space, recipe.as_dict(), recipe.seed, method=method)
+        for baseline, each in trainers.items():
+            results: dict[str, DomainResult] = each.evaluate_domains()
+            for result in results.values():
+                report.add(result, baseline)
+        for folder in self.folders.values():
+            report.add_skipped_rows(folder.summary()["skipped_rows"])
+        return report
+
+    def _save_artefacts(self, segmenter: GKDStudentForSemanticSegmentation) -> None:
+        replace_folder(self.output_dir / "encoder", segmenter.student.save_encoder)
+        replace_folder(self.output_dir / "segmenter", segmenter.save_pretrained)
+
+    def _finish_without_task(self, last: StageFolder) -> dict[str, Any]:
+        place = self.output_dir / "encoder"
+        if self.state.is_main_process:
+            replace_folder(place, GKDStudentModel.from_pretrained(last.model).save_encoder)
+            print(f"\nThe distilled encoder is in {place}; add stages.task to teach it a task.", flush=True)
+        self.state.wait_for_everyone()
+        return {"encoder": str(place)}
+
+
+def new_student(recipe: Recipe) -> GKDStudentModel:
+    """The student as the recipe names it, before any stage."""
+    return GKDStudentModel.from_encoder(recipe.student.encoder, pretrained=recipe.student.pretrained)
+
+
+def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
+    """Raise `InputError` if the teacher cannot give its tokens on the grid the losses are computed on."""
+    grid = teacher.grid_for(image_size)
+    if student.adapter.fixed_grid:
+        grid = (image_size // student.adapter.stride,) * 2
+    teacher.fit_geometry(image_size, grid)
+
+
+def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:
+    """Optimiser steps of a stage; raises `InputError` if neither recipe nor data tell."""
+    steps = stage.max_steps or stage.steps(data.train_images(stage.data))
+    if not steps:
+        raise InputError(
+            f"stages.{name}: the number of images of '{stage.data}' is not known: give max_steps, not epochs"
+        )
+    return steps
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise `InputError` if results cannot be written there."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"output_dir '{folder}' cannot be written: '{place}' is no folder that you may write to")
+    free = shutil.disk_usage(place).free
+    if free < 2**28:
+        raise InputError(
+            f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another place"
+        )

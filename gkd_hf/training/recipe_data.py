@@ -1,0 +1,214 @@
+"""What a recipe's domain names stand for: folders or Hub ids, label maps, streams. Every row in use is looked at first."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
+from gkd_hf.data.domains import Domain, LabelSpace, label_space
+from gkd_hf.data.label_maps import LabelMap, label_map
+from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.data.toy_city import SOURCE_STYLE, STYLES, write_shards
+from gkd_hf.errors import InputError, nearest
+from gkd_hf.training.recipe import Recipe, recipe_domain
+
+ROWS_LOOKED_AT = 4
+POOL_STYLE = "pool"
+
+
+@dataclass(frozen=True)
+class DataUse:
+    """One split of a domain that the run reads, and whether it reads the labels."""
+
+    domain: str
+    role: str
+    labelled: bool
+
+    @property
+    def split(self) -> str:
+        """Name of the split that plays the role; raises `InputError` if the domain has none."""
+        return recipe_domain(self.domain).split(self.role)
+
+
+class RecipeData:
+    """The data of a recipe.
+
+    Args:
+        recipe: names the domains; `data` says where they are.
+
+    Raises:
+        InputError: a domain without a place, an unknown toy-city style, label spaces that differ, an unknown label map.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.label_space = self._label_space()
+        for use in self.uses():
+            self.location(use.domain)
+            if use.labelled:
+                self.label_map(use.domain)
+
+    @property
+    def source(self) -> str | None:
+        """The domain whose labels are used; None without a task stage."""
+        return self.recipe.stages.task.data if self.recipe.stages.task else None
+
+    def evaluated(self) -> list[str]:
+        """Domains to evaluate, the source's held-out split first."""
+        own = [self.source] if self.recipe.source_test and self.source not in self.recipe.evaluate else []
+        return [*own, *self.recipe.evaluate] if self.source else []
+
+    def uses(self) -> list[DataUse]:
+        """Every split that the run reads, each once; with its labels if any stage needs them."""
+        found: dict[tuple[str, str], DataUse] = {}
+        for name, stage in self.recipe.stages:
+            key = (stage.data, "train")
+            labelled = name == "task" or (key in found and found[key].labelled)
+            found[key] = DataUse(stage.data, "train", labelled)
+        for name in self.evaluated():
+            if name == self.source and "test" not in recipe_domain(name).splits:
+                raise InputError(f"domain '{name}' has no held-out split to evaluate: set source_test=false")
+            found[name, "test"] = DataUse(name, "test", True)
+        return list(found.values())
+
+    def location(self, name: str) -> str:
+        """Folder or Hub id of a domain."""
+        if is_toy_city(name):
+            return str(Path(self.recipe.output_dir) / "data" / f"toy_city_{toy_city_style(name)}")
+        if name not in self.recipe.data.roots:
+            raise InputError(
+                f"the recipe uses domain '{name}' but does not say where it is: add data.roots.{name}=FOLDER_OR_HUB_ID"
+            )
+        root = self.recipe.data.roots[name]
+        return os.path.expanduser(root)
+
+    def label_map(self, name: str) -> LabelMap:
+        """The map from a domain's stored ids to the train ids of the label space."""
+        given = self.recipe.data.label_maps.get(name, recipe_domain(name).label_map)
+        return label_map(given, len(self.label_space.classes))
+
+    def rows(self, use: DataUse) -> datasets.IterableDataset:
+        """The undecoded rows of a split."""
+        return open_rows(
+            self.location(use.domain), use.split, columns=("image", "label") if use.labelled else ("image",)
+        )
+
+    def train_images(self, name: str) -> int | None:
+        """Number of training images: counted, or as published where that costs a download."""
+        use = DataUse(name, "train", False)
+        return count_rows(self.location(name), use.split) or recipe_domain(name).train_images
+
+    def render_toy_city(self, progress: bool) -> None:
+        """Write the toy-city domains in use as shards under output_dir/data; what is there already stays."""
+        settings = self.recipe.data.toy_city
+        for use in self.uses():
+            if is_toy_city(use.domain):
+                write_shards(
+                    self.location(use.domain),
+                    toy_city_style(use.domain),
+                    use.split,
+                    toy_city_images(self.recipe, use.domain, use.role),
+                    size=settings.size,
+                    # A held-out split is other scenes, not the first ones of the training split again.
+                    seed=2 * settings.seed + (use.role != "train"),
+                    progress=progress,
+                )
+
+    def check_rows(self) -> None:
+        """Open every split in use and try its first rows, so that wrong data is told before any training.
+
+        Raises:
+            InputError: folder, shards, column or rows missing; a label value outside the map; image and label of
+                different size.
+        """
+        for use in self.uses():
+            look_at_rows(self, use)
+
+    def _label_space(self) -> LabelSpace | None:
+        if self.source is None:
+            return None
+        classes = self.recipe.data.classes
+        source = recipe_domain(self.source)
+        if is_custom(source):
+            if not classes:
+                raise InputError(
+                    f"the source '{source.name}' is your own data: name its classes, in the order of their train ids, "
+                    "under data.classes"
+                )
+            space = LabelSpace("custom", tuple(classes), distinct_colours(len(classes)))
+        else:
+            if classes:
+                raise InputError(
+                    f"data.classes is only for a source that is custom; '{source.name}' has its own classes"
+                )
+            space = label_space(source.name)
+        for name in self.recipe.evaluate:
+            target = recipe_domain(name)
+            if not is_custom(target) and target.label_space != source.label_space:
+                raise InputError(
+                    f"evaluate: domain '{name}' has {_classes_of(target)}, but the source '{source.name}' "
+                    f"teaches those of {space.name}; evaluate domains that share them"
+                )
+        return space
+
+
+def _classes_of(entry: Domain) -> str:
+    return f"the classes of {entry.label_space}" if entry.label_space else "no labels"
+
+
+def look_at_rows(data: RecipeData, use: DataUse) -> None:
+    """Decode the first rows of a split; unreadable images are left to the run, which counts them."""
+    for index, row in enumerate(data.rows(use).take(ROWS_LOOKED_AT)):
+        where = f"{data.location(use.domain)}, split '{use.split}', row {row.get('id', index)}"
+        try:
+            image = decode_image(row["image"], where)
+            label = decode_label(row["label"], where) if use.labelled else None
+        except CorruptImage:
+            continue
+        if label is None:
+            continue
+        if label.shape != (image.height, image.width):
+            raise InputError(
+                f"{where}: the image is {image.width}×{image.height} pixels but its label {label.shape[1]}×{label.shape[0]}; "
+                "they must agree"
+            )
+        data.label_map(use.domain).apply(label, where)
+
+
+def is_toy_city(name: str) -> bool:
+    """Whether a domain is rendered by this package."""
+    return name.partition(":")[0] == "toy_city"
+
+
+def is_custom(entry: Domain) -> bool:
+    """Whether a domain is the user's own."""
+    return entry.name.partition(":")[0] == "custom"
+
+
+def toy_city_style(name: str) -> str:
+    """Style of `toy_city` (the source style) or `toy_city:style`; raises `InputError` for an unknown one."""
+    style = name.partition(":")[2] or SOURCE_STYLE
+    if style not in STYLES:
+        raise InputError(
+            f"domain '{name}': unknown toy-city style '{style}'{nearest(style, STYLES)} (known: {', '.join(STYLES)})"
+        )
+    return style
+
+
+def toy_city_images(recipe: Recipe, name: str, role: str) -> int:
+    """How many scenes the recipe renders for a split of a toy-city domain."""
+    settings = recipe.data.toy_city
+    if role != "train":
+        return settings.test_images
+    return settings.pool_images if toy_city_style(name) == POOL_STYLE else settings.train_images
+
+
+def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB colours for classes that have none: hues spread by the golden ratio, in two brightnesses."""
+    colours = (colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, (0.95, 0.6)[index % 2]) for index in range(count))
+    return tuple(tuple(round(255 * channel) for channel in colour) for colour in colours)

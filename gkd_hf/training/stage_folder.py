@@ -1,0 +1,109 @@
+"""The memory of a stage on disk: with which settings it was begun, whether it is finished, what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gkd_hf.errors import InputError
+
+# They change how a run goes, not what comes out of it, so they may differ when it is continued.
+FREE_SETTINGS = (
+    "save_steps",
+    "logging_steps",
+    "workers",
+    "window",
+    "stride",
+    "window_batch_size",
+    "evaluation_images",
+)
+
+
+class StageFolder:
+    """One stage's folder: `settings.json` from its first step, checkpoints, then the model and, last, `finished.json`.
+
+    Args:
+        path: the folder. settings: everything that decides what the stage gives, as nested plain values.
+
+    Raises:
+        InputError: the folder holds the same stage begun with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self.settings = flatten(settings)
+        record = path / "settings.json"
+        if not record.is_file():
+            return
+        begun = json.loads(record.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(self.settings))
+        for key in sorted({*begun, *wanted}):
+            if begun.get(key) != wanted.get(key):
+                raise InputError(
+                    f"{path} holds this stage with {key} = {begun.get(key)!r}, the recipe now says {wanted.get(key)!r}: "
+                    "choose another output_dir, or remove that folder to run the stage again"
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage ended and its model is whole."""
+        return (self.path / "finished.json").is_file()
+
+    @property
+    def model(self) -> Path:
+        """Where the stage's model is."""
+        return self.path / "model"
+
+    @property
+    def heads(self) -> Path:
+        """Where the heads of a label-free stage are."""
+        return self.path / "heads.safetensors"
+
+    def begin(self) -> None:
+        """Record the settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "settings.json", self.settings)
+
+    def finish(self, save: Callable[[Path], None], summary: Mapping[str, Any]) -> None:
+        """Let ``save(folder)`` write the model, move it into place, then mark the stage as finished."""
+        replace_folder(self.model, save)
+        write_json(self.path / "finished.json", summary)
+
+    def summary(self) -> dict[str, Any]:
+        """What was recorded at the end."""
+        return json.loads((self.path / "finished.json").read_text(encoding="utf-8"))
+
+
+def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let ``save`` fill a folder under a temporary name, and put it where ``folder`` is."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`, without the settings that are free to change."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key in FREE_SETTINGS:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
