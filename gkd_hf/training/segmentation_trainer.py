@@ -9,9 +9,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from gkd_hf.data.streaming import EvaluationSet, collate, collate_evaluation
+from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
 from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
@@ -47,7 +47,8 @@ class GKDSegmentationTrainer(StreamTrainer):
         title: str = "task",
     ):
         model.freeze_encoder(args.freeze_encoder)
-        super().__init__(model, args, train_dataset, data_collator=collate, callbacks=callbacks, title=title)
+        collator = collate if isinstance(train_dataset, SampleStream) else default_data_collator
+        super().__init__(model, args, train_dataset, data_collator=collator, callbacks=callbacks, title=title)
         self.eval_dataset = dict(eval_dataset or {})
 
     def compute_loss(
@@ -158,7 +159,7 @@ class GKDSegmentationTrainer(StreamTrainer):
                     # One image at a time: at native size its scores alone can weigh a gigabyte.
                     predictions.append(resize(score[None], truth.shape)[0].argmax(0))
                     counts += confusion_counts(predictions[-1], truth.to(args.device), classes)
-            for image, truth, prediction in zip(batch["images"], labels, predictions, strict=True):
+            for image, truth, prediction in zip(batch["image"], labels, predictions, strict=True):
                 if len(kept) < examples:
                     kept.append((image, truth.numpy().astype("uint8"), prediction.cpu().numpy().astype("uint8")))
             seen += len(labels)
