@@ -117,7 +117,15 @@ class StreamTrainer(Trainer):
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
-        return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
+        # One process of one: the stream has taken this process's share, and no rank may decode for the others.
+        return prepare_data_loader(
+            loader,
+            device=args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
 
     def note_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Write rows that could not be read to the output folder at once, where a killed run finds them again."""

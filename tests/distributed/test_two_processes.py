@@ -1,0 +1,71 @@
+"""Two gloo processes through `accelerate launch`: disjoint data, and one process's gradients, losses and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1) -> Path:
+    out.mkdir(parents=True)
+    # --cpu --num_processes 2 silently runs one process; --multi_gpu starts two, which find no GPU and take gloo.
+    several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
+    command = [*LAUNCH, *several, "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", str(ROOT / "tests/distributed/run_stage.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(
+        [*command, stage, str(out), str(processes), str(micro), str(accumulation)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("stage", ["distil", "task"])
+def test_two_processes_equal_one(stage: str, tmp_path: Path) -> None:
+    one = launch(stage, tmp_path / "one", 1, 8)
+    two = launch(stage, tmp_path / "two", 2, 4)
+
+    seen = [json.loads((two / f"seen.{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) >= 16 and not set(seen[0]) & set(seen[1])
+    # Four steps of eight: each rank has its half of every global batch.
+    assert sorted(seen[0][:16] + seen[1][:16]) == list(range(32))
+
+    expected = load_file(one / "gradients.safetensors")
+    gradients = load_file(two / "gradients.safetensors")
+    assert gradients.keys() == expected.keys() and len(expected) > 0
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
+
+    results = [json.loads((two / f"result.{rank}.json").read_text()) for rank in (0, 1)]
+    single = json.loads((one / "result.0.json").read_text())
+    for ours, theirs in zip(results[0]["logs"], single["logs"], strict=True):
+        for name in theirs:
+            # the attention is looked at on rank 0's own samples
+            if name.startswith("loss"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    if stage == "task":
+        assert results[0]["confusion"] == results[1]["confusion"]
+        assert results[0]["images"] == single["images"] == 5
+        total = torch.tensor(results[0]["confusion"]).sum()
+        assert total == torch.tensor(single["confusion"]).sum()
