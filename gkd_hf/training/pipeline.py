@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
@@ -59,6 +60,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         InputError: anything wrong in recipe, models or data, before any training; afterwards more than 1 % unreadable
             images, or a loss that is not finite.
     """
+    # What is loaded and saved is told by the stages; bars for it would tear the training's bar apart.
+    transformers_logging.disable_progress_bar()
     return Pipeline(recipe).run()
 
 
@@ -105,8 +108,8 @@ class Pipeline:
         """Load student and teacher and bring them to the geometry of every stage.
 
         Raises:
-            InputError: unknown architecture, unreadable weights, image sizes or grids that do not fit; batch sizes that
-                the processes cannot share.
+            InputError: unknown architecture, unreadable weights, image sizes or grids that do not fit; batch sizes
+                that the processes cannot share.
         """
         student = teacher = None
         for name, stage in self.recipe.stages:
@@ -124,28 +127,22 @@ class Pipeline:
                 raise InputError(f"stages.{name}: {error}") from error
 
     def _folders(self) -> dict[str, StageFolder]:
+        """The folder of every stage and baseline, with what decides its outcome."""
         recipe, folders, before = self.recipe, {}, "none"
         shared = {"seed": recipe.seed, "student": dataclasses.asdict(recipe.student)}
         for name, stage in recipe.stages:
-            settings = shared | {
-                "after": before,
-                "stage": dataclasses.asdict(stage),
-                "data": self._data_settings(stage),
-            }
+            own = dataclasses.asdict(stage)
+            settings = shared | {"stages": {name: own}, "data": self._data_settings(stage)}
             if isinstance(stage, DistillationRecipe):
                 settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
-                folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
-                before = name
-                continue
-            folders.update(
-                {
-                    baseline: StageFolder(self.output_dir / "baselines" / baseline, {**settings, "after": "none"})
-                    for baseline in recipe.baselines
-                }
-            )
-            for key in ("baseline_learning_rate", "baseline_encoder_learning_rate"):
-                del settings["stage"][key]
+            else:
+                for baseline in recipe.baselines:
+                    folders[baseline] = StageFolder(self.output_dir / "baselines" / baseline, settings)
+                own = {key: value for key, value in own.items() if not key.startswith("baseline_")}
+                settings |= {"stages": {name: own}}
+            settings |= {"stage_before": before}
             folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
+            before = name
         return folders
 
     def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
@@ -291,8 +288,8 @@ class Pipeline:
         share = self.state.num_processes * stage.gradient_accumulation_steps
         if stage.batch_size % share:
             raise InputError(
-                f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {self.state.num_processes} process(es) × "
-                f"{stage.gradient_accumulation_steps} accumulation step(s): choose a multiple of {share}"
+                f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {self.state.num_processes} "
+                f"process(es) × {stage.gradient_accumulation_steps} accumulation step(s): choose a multiple of {share}"
             )
         return stage.batch_size // share
 
@@ -399,6 +396,4 @@ def check_output_dir(folder: Path) -> None:
         raise InputError(f"output_dir '{folder}' cannot be written: '{place}' is no folder that you may write to")
     free = shutil.disk_usage(place).free
     if free < 2**28:
-        raise InputError(
-            f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another place"
-        )
+        raise InputError(f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another")

@@ -1,4 +1,4 @@
-"""What a recipe's domain names stand for: folders or Hub ids, label maps, streams. Every row in use is looked at first."""
+"""What a recipe's domain names stand for: folders or Hub ids, label maps, rows."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class RecipeData:
         recipe: names the domains; `data` says where they are.
 
     Raises:
-        InputError: a domain without a place, an unknown toy-city style, label spaces that differ, an unknown label map.
+        InputError: a domain without a place, an unknown toy-city style or label map, label spaces that differ.
     """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.label_space = self._label_space()
+        self.label_space = task_label_space(recipe)
         for use in self.uses():
             self.location(use.domain)
             if use.labelled:
@@ -129,33 +129,6 @@ class RecipeData:
         for use in self.uses():
             look_at_rows(self, use)
 
-    def _label_space(self) -> LabelSpace | None:
-        if self.source is None:
-            return None
-        classes = self.recipe.data.classes
-        source = recipe_domain(self.source)
-        if is_custom(source):
-            if not classes:
-                raise InputError(
-                    f"the source '{source.name}' is your own data: name its classes, in the order of their train ids, "
-                    "under data.classes"
-                )
-            space = LabelSpace("custom", tuple(classes), distinct_colours(len(classes)))
-        else:
-            if classes:
-                raise InputError(
-                    f"data.classes is only for a source that is custom; '{source.name}' has its own classes"
-                )
-            space = label_space(source.name)
-        for name in self.recipe.evaluate:
-            target = recipe_domain(name)
-            if not is_custom(target) and target.label_space != source.label_space:
-                raise InputError(
-                    f"evaluate: domain '{name}' has {_classes_of(target)}, but the source '{source.name}' "
-                    f"teaches those of {space.name}; evaluate domains that share them"
-                )
-        return space
-
 
 def _classes_of(entry: Domain) -> str:
     return f"the classes of {entry.label_space}" if entry.label_space else "no labels"
@@ -174,8 +147,8 @@ def look_at_rows(data: RecipeData, use: DataUse) -> None:
             continue
         if label.shape != (image.height, image.width):
             raise InputError(
-                f"{where}: the image is {image.width}×{image.height} pixels but its label {label.shape[1]}×{label.shape[0]}; "
-                "they must agree"
+                f"{where}: the image is {image.width}×{image.height} pixels but its label "
+                f"{label.shape[1]}×{label.shape[0]}; they must agree"
             )
         data.label_map(use.domain).apply(label, where)
 
@@ -212,3 +185,34 @@ def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
     """RGB colours for classes that have none: hues spread by the golden ratio, in two brightnesses."""
     colours = (colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, (0.95, 0.6)[index % 2]) for index in range(count))
     return tuple(tuple(round(255 * channel) for channel in colour) for colour in colours)
+
+
+def task_label_space(recipe: Recipe) -> LabelSpace | None:
+    """The classes that the source teaches; None without a task stage.
+
+    Raises:
+        InputError: a source of one's own without `data.classes`, or an evaluated domain with other classes.
+    """
+    if recipe.stages.task is None:
+        return None
+    classes = recipe.data.classes
+    source = recipe_domain(recipe.stages.task.data)
+    if is_custom(source):
+        if not classes:
+            raise InputError(
+                f"the source '{source.name}' is your own data: name its classes, in the order of their train ids, "
+                "under data.classes"
+            )
+        space = LabelSpace("custom", tuple(classes), distinct_colours(len(classes)))
+    else:
+        if classes:
+            raise InputError(f"data.classes is only for a source that is custom; '{source.name}' has its own classes")
+        space = label_space(source.name)
+    for name in recipe.evaluate:
+        target = recipe_domain(name)
+        if not is_custom(target) and target.label_space != source.label_space:
+            raise InputError(
+                f"evaluate: domain '{name}' has {_classes_of(target)}, but the source '{source.name}' "
+                f"teaches those of {space.name}; evaluate domains that share them"
+            )
+    return space

@@ -44,7 +44,7 @@ class StageFolder:
         for key in sorted({*begun, *wanted}):
             if begun.get(key) != wanted.get(key):
                 raise InputError(
-                    f"{path} holds this stage with {key} = {begun.get(key)!r}, the recipe now says {wanted.get(key)!r}: "
+                    f"{path} was begun with {key} = {begun.get(key)!r}, the recipe now says {wanted.get(key)!r}: "
                     "choose another output_dir, or remove that folder to run the stage again"
                 )
 

@@ -1,0 +1,305 @@
+"""What a recipe would do, told without network, data or training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from gkd_hf.data.shards import count_rows
+from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+from gkd_hf.errors import InputError
+from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.models.encoders import adapter_for
+from gkd_hf.models.loading import config_from_mapping
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.training.arguments import REFERENCE_BATCH
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
+from gkd_hf.training.recipe_data import is_toy_city, task_label_space, toy_city_images
+
+TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
+
+_DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
+_DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
+_RESNET = {"model_type": "resnet", "embedding_size": 64}
+_BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
+_BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
+
+
+def _vit(width: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+
+
+def _dinov2(width: int, layers: int, heads: int) -> dict[str, int]:
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+# Architectures of the Hub ids that recipes commonly name, so that parameters can be counted without asking the Hub.
+KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
+    "facebook/dinov2-small": _DINOV2 | _dinov2(384, 12, 6),
+    "facebook/dinov2-base": _DINOV2 | _dinov2(768, 12, 12),
+    "facebook/dinov2-large": _DINOV2 | _dinov2(1024, 24, 16),
+    "facebook/dinov2-giant": _DINOV2 | _dinov2(1536, 40, 24) | {"use_swiglu_ffn": True},
+    "facebook/deit-tiny-patch16-224": _DEIT | _vit(192, 12, 3),
+    "facebook/deit-small-patch16-224": _DEIT | _vit(384, 12, 6),
+    "facebook/deit-base-patch16-224": _DEIT | _vit(768, 12, 12),
+    "microsoft/resnet-18": _RESNET | _BASIC | {"depths": [2, 2, 2, 2]},
+    "microsoft/resnet-34": _RESNET | _BASIC | {"depths": [3, 4, 6, 3]},
+    "microsoft/resnet-50": _RESNET | _BOTTLENECK | {"depths": [3, 4, 6, 3]},
+    "microsoft/resnet-101": _RESNET | _BOTTLENECK | {"depths": [3, 4, 23, 3]},
+}
+
+
+@dataclass
+class PlannedEncoder:
+    """An encoder of the recipe: how it is named, its configuration if that is known here, whether it is downloaded."""
+
+    name: str
+    config: PreTrainedConfig | None
+    downloaded: bool
+
+    @property
+    def parameters(self) -> int | None:
+        """Number of parameters, None if the architecture is not known here."""
+        if self.config is None:
+            return None
+        with torch.device("meta"):
+            return count(adapter_for(self.config).build())
+
+
+def plan(recipe: Recipe) -> str:
+    """Return the plan of a recipe as text: stages, steps, batch, learning rates, parameters, downloads, folders.
+
+    Raises:
+        InputError: what is wrong can be told without network and data, for example an unknown architecture.
+    """
+    student = planned_encoder(recipe.student.encoder, recipe.student.pretrained)
+    teacher = planned_encoder(recipe.teacher.name, True) if recipe.teacher else None
+    lines = [f"Plan of {recipe.output_dir} (method {recipe.method}, seed {recipe.seed})", ""]
+    lines += _encoder_lines("student", student)
+    if teacher is not None:
+        lines += _encoder_lines("teacher (frozen)", teacher, f", geometry {recipe.teacher.geometry}")
+    for name, stage in recipe.stages:
+        lines += ["", *_stage_lines(recipe, name, stage, student, teacher)]
+    lines += ["", *_evaluation_lines(recipe), "", *_data_lines(recipe), ""]
+    lines += _download_lines(recipe, student, teacher)
+    lines += ["", *_output_lines(recipe)]
+    return "\n".join(lines)
+
+
+def planned_encoder(source: str | Mapping[str, Any], pretrained: bool) -> PlannedEncoder:
+    """Find an encoder's configuration without network: given in place, in a folder, or of a well-known Hub id.
+
+    Raises:
+        InputError: bad configuration, or an architecture that is not supported.
+    """
+    if isinstance(source, Mapping):
+        return PlannedEncoder(
+            f"{source.get('model_type')} given in the recipe", config_from_mapping(dict(source)), False
+        )
+    if source == "toy":
+        source, name = str(TOY_TEACHER), "toy (ships with the package)"
+    else:
+        name = source
+    if os.path.isdir(source):
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the configuration of encoder '{source}': {error}") from error
+        adapter_for(config)
+        return PlannedEncoder(name, config, False)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"no encoder at '{source}': that folder does not exist (give a folder or a Hub id org/name)")
+    known = KNOWN_ENCODERS.get(source)
+    return PlannedEncoder(name, config_from_mapping(known) if known else None, pretrained)
+
+
+def count(module: nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+def millions(number: int | None) -> str:
+    """`22.10 M`, `1.4 k`, or that it is not known."""
+    if number is None:
+        return "unknown without the Hub"
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
+
+
+def learning_rate(stage: StageRecipe) -> float:
+    """The learning rate a stage starts with."""
+    return stage.learning_rate or 5e-4 * stage.batch_size / REFERENCE_BATCH
+
+
+def _encoder_lines(role: str, encoder: PlannedEncoder, note: str = "") -> list[str]:
+    return [f"{role}: {encoder.name}, {millions(encoder.parameters)} parameters{note}"]
+
+
+def _stage_lines(
+    recipe: Recipe, name: str, stage: StageRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
+) -> list[str]:
+    images = _train_images(recipe, stage.data)
+    steps = stage.steps(images)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = stage.gradient_accumulation_steps
+    share = processes * accumulation
+    if stage.batch_size % share:
+        raise InputError(
+            f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {processes} process(es) × "
+            f"{accumulation} accumulation step(s): choose a multiple of {share}"
+        )
+    amount = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"max_steps {stage.max_steps}"
+    known = "an unknown number of" if images is None else f"{images:,}"
+    patch = f", patch size {stage.patch_size}" if stage.patch_size else ""
+    passes = (
+        ""
+        if images is None or stage.epochs is not None
+        else f", {stage.max_steps * stage.batch_size / images:.1f} passes"
+    )
+    lines = [
+        f"stage {name}: {stage.data}, {known} images, {stage.image_size}²{patch}",
+        f"  steps: {'known once the images are counted' if steps is None else f'{steps:,}'} ({amount}{passes})",
+        f"  effective batch: {stage.batch_size} = {stage.batch_size // share} per device × {processes} process(es) "
+        f"× {accumulation} accumulation step(s)",
+    ]
+    if isinstance(stage, DistillationRecipe):
+        end = min(stage.min_learning_rate, learning_rate(stage))
+        lines.append(f"  learning rate: {learning_rate(stage):.3g}, cosine to {end:.3g}; no labels are read")
+        if stage.query_warmup_steps:
+            lines.append(
+                f"  query branches off for {stage.query_warmup_steps} steps, then copies of the value branches"
+            )
+        lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teacher)}; frozen: the teacher")
+    else:
+        lines.append(f"  learning rate: {learning_rate(stage):.3g}, polynomial (power 0.9) to 0")
+        lines.append(f"  {_task_parameters(recipe, stage, student)}")
+        for baseline in recipe.baselines:
+            head_rate = stage.baseline_learning_rate or learning_rate(stage)
+            lines.append(
+                f"baseline {baseline}: the same student and head, end to end for as many steps, not distilled; "
+                f"learning rate {head_rate:.3g} (head), {stage.baseline_encoder_learning_rate:.3g} (encoder)"
+            )
+    return lines
+
+
+def _in_geometry(encoder: PlannedEncoder, stage: StageRecipe) -> PreTrainedConfig:
+    """The student's configuration at a stage's image and patch size, on which its positions and kernels depend."""
+    config = copy.deepcopy(encoder.config)
+    adapter = adapter_for(config)
+    if adapter.fixed_grid:
+        config.image_size, config.patch_size = stage.image_size, stage.patch_size or adapter.stride
+        adapter_for(config).check_image_size(stage.image_size, stage.image_size)
+    return config
+
+
+def _distillation_parameters(
+    recipe: Recipe, stage: DistillationRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
+) -> str:
+    if student.config is None or teacher is None or teacher.config is None:
+        return "the student and its heads (sizes unknown without the Hub)"
+    kind = MSEObjective if recipe.method == "mse" else GKDObjective
+    with torch.device("meta"):
+        body = GKDStudentModel(GKDStudentConfig(encoder_config=_in_geometry(student, stage)))
+        heads = kind(adapter_for(student.config).width, adapter_for(teacher.config).width)
+    return f"student {millions(count(body))} + heads {millions(count(heads, trainable_only=True))}"
+
+
+def _task_parameters(recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder) -> str:
+    if student.config is None:
+        return "trainable: the decode head; frozen: the encoder (sizes unknown without the Hub)"
+    classes = len(task_label_space(recipe).classes)
+    with torch.device("meta"):
+        segmenter = GKDStudentForSemanticSegmentation.from_student(
+            GKDStudentModel(GKDStudentConfig(encoder_config=_in_geometry(student, stage))),
+            num_labels=classes,
+            decode_head=stage.decode_head,
+        )
+    segmenter.freeze_encoder()
+    trainable = count(segmenter, trainable_only=True)
+    return (
+        f"trainable: decode head {millions(trainable)} ({classes} classes); "
+        f"frozen: encoder {millions(count(segmenter) - trainable)}"
+    )
+
+
+def _train_images(recipe: Recipe, name: str) -> int | None:
+    if is_toy_city(name):
+        return toy_city_images(recipe, name, "train")
+    entry, root = recipe_domain(name), os.path.expanduser(recipe.data.roots.get(name, ""))
+    if root and not _may_be_hub_id(root):
+        return count_rows(root, entry.split("train"))
+    return entry.train_images
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return not os.path.exists(name) and not name.startswith((".", "/")) and name.count("/") == 1
+
+
+def _evaluation_lines(recipe: Recipe) -> list[str]:
+    stage = recipe.stages.task
+    if stage is None:
+        return ["evaluation: none (no task stage)"]
+    own = f"{stage.data} (held-out split), " if recipe.source_test and stage.data not in recipe.evaluate else ""
+    unseen = ", ".join(recipe.evaluate) or "no unseen domain"
+    return [f"evaluation: {own}{unseen}; windows of {stage.window}, stride {stage.stride}"]
+
+
+def _data_lines(recipe: Recipe) -> list[str]:
+    trained = [stage.data for _, stage in recipe.stages]
+    names = dict.fromkeys([*trained, *recipe.evaluate])
+    lines = ["data:"]
+    for name in names:
+        entry = recipe_domain(name)
+        if is_toy_city(name):
+            place = f"rendered under {Path(recipe.output_dir) / 'data'}"
+        elif name in recipe.data.roots:
+            place = recipe.data.roots[name]
+        else:
+            place = (
+                f"NOT GIVEN: needs data.roots.{name}=FOLDER_OR_HUB_ID"
+                + (f" ({entry.home_page})" if entry.home_page else "")
+                + ("; the published count stands in for it above" if name in trained and entry.train_images else "")
+            )
+        licence = f" · {entry.licence}" if entry.licence else ""
+        lines.append(f"  {name}: {place}{licence}")
+    return lines
+
+
+def _download_lines(recipe: Recipe, student: PlannedEncoder, teacher: PlannedEncoder | None) -> list[str]:
+    wanted = []
+    for encoder in (student, teacher):
+        if encoder is not None and encoder.downloaded:
+            number = encoder.parameters
+            size = "size unknown" if number is None else f"about {math.ceil(4 * number / 1e6)} MB"
+            wanted.append(f"  {encoder.name}: {size}")
+    wanted += [
+        f"  {root}: data set of {name}, streamed"
+        for name, root in recipe.data.roots.items()
+        if _may_be_hub_id(os.path.expanduser(root))
+    ]
+    return ["downloads (unless in the Hub cache):", *wanted] if wanted else ["downloads: nothing"]
+
+
+def _output_lines(recipe: Recipe) -> list[str]:
+    folder = Path(recipe.output_dir)
+    lines = [f"written under {folder}:"]
+    lines += [f"  stages/{name}/: checkpoints, model" for name, _ in recipe.stages]
+    lines += [f"  baselines/{name}/: checkpoints, model" for name in recipe.baselines]
+    lines += ["  encoder/: the distilled encoder, for AutoModel"]
+    if recipe.stages.task is not None:
+        lines += ["  segmenter/: encoder and head", "  report.json, report.md, report.png"]
+    lines += ["  recipe.yaml: as resolved"]
+    return lines
