@@ -70,7 +70,9 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.state = PartialState()
+        # Without an accelerator, Accelerate joins launched processes (by gloo) only if it is told to use the CPU.
+        self.use_cpu = not torch.accelerator.is_available()
+        self.state = PartialState(cpu=self.use_cpu)
         self.output_dir = Path(recipe.output_dir)
         self.data = RecipeData(recipe)
         self.folders = self._folders()
@@ -301,6 +303,7 @@ class Pipeline:
             per_device_train_batch_size=self._device_batch(name, stage),
             dataloader_num_workers=stage.workers,
             bf16=bf16,
+            use_cpu=self.use_cpu,
             seed=self.recipe.seed,
             **{key: getattr(stage, key) for key in COPIED_SETTINGS},
             **settings,
