@@ -19,12 +19,14 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
+from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
@@ -355,16 +357,41 @@ class Pipeline:
         return report
 
     def _save_artefacts(self, segmenter: GKDStudentForSemanticSegmentation) -> None:
-        replace_folder(self.output_dir / "encoder", segmenter.student.save_encoder)
-        replace_folder(self.output_dir / "segmenter", segmenter.save_pretrained)
+        def save_encoder(folder: Path) -> None:
+            segmenter.student.save_encoder(folder)
+            processor.save_pretrained(folder)
+
+        def save_segmenter(folder: Path) -> None:
+            segmenter.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        processor = image_processor(segmenter.config, self.recipe.stages.task.image_size)
+        replace_folder(self.output_dir / "encoder", save_encoder)
+        replace_folder(self.output_dir / "segmenter", save_segmenter)
 
     def _finish_without_task(self, last: StageFolder) -> dict[str, Any]:
+        def save_encoder(folder: Path) -> None:
+            student = GKDStudentModel.from_pretrained(last.model)
+            student.save_encoder(folder)
+            *_, stage = (stage for _, stage in self.recipe.stages)
+            image_processor(student.config, stage.image_size).save_pretrained(folder)
+
         place = self.output_dir / "encoder"
         if self.state.is_main_process:
-            replace_folder(place, GKDStudentModel.from_pretrained(last.model).save_encoder)
+            replace_folder(place, save_encoder)
             print(f"\nThe distilled encoder is in {place}; add stages.task to teach it a task.", flush=True)
         self.state.wait_for_everyone()
         return {"encoder": str(place)}
+
+
+def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImageProcessorPil:
+    """What turns pictures into pixels as the student was trained on them: any encoder, square images."""
+    return SegformerImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        do_reduce_labels=False,
+    )
 
 
 def new_student(recipe: Recipe) -> GKDStudentModel:
