@@ -21,23 +21,12 @@ class GKDDistiller(nn.Module):
 
     Args:
         student: to be distilled. objective: heads and losses.
-        freeze_batch_norm: keep the student's batch norms in eval mode.
     """
 
-    def __init__(self, student: GKDStudentModel, objective: MSEObjective, freeze_batch_norm: bool = False):
+    def __init__(self, student: GKDStudentModel, objective: MSEObjective):
         super().__init__()
         self.student = student
         self.objective = objective
-        self.freeze_batch_norm = freeze_batch_norm
-
-    def train(self, mode: bool = True) -> GKDDistiller:
-        """Set training mode; frozen batch norms stay in eval mode."""
-        super().train(mode)
-        if self.freeze_batch_norm:
-            for module in self.student.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        return self
 
     def forward(
         self,

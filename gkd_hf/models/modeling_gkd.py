@@ -86,6 +86,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         revision: str | None = None,
         image_size: int | None = None,
         patch_size: int | None = None,
+        freeze_batch_norm: bool = False,
     ) -> GKDStudentModel:
         """Make a student of an encoder.
 
@@ -94,17 +95,30 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
             pretrained: read the weights of an id or folder; False keeps random weights.
             revision: commit, tag or branch of a Hub id.
             image_size, patch_size: resample patch kernels and positions to this geometry.
+            freeze_batch_norm: keep batch norms in eval mode while training (see `GKDStudentConfig`).
 
         Raises:
             InputError: unsupported architecture, unreadable source, weights for less than 95 % of the tensors, or an
                 image size that is not a multiple of the patch size.
         """
         encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
-        student = cls(GKDStudentConfig(encoder_config=encoder.config, image_mean=mean, image_std=std))
+        config = GKDStudentConfig(
+            encoder_config=encoder.config, image_mean=mean, image_std=std, freeze_batch_norm=freeze_batch_norm
+        )
+        student = cls(config)
         student._replace_encoder(encoder)
         if image_size is not None or patch_size is not None:
             student.set_geometry(image_size or encoder.config.image_size, patch_size)
         return student
+
+    def train(self, mode: bool = True) -> GKDStudentModel:
+        """Set training mode, but leave frozen batch norms in eval mode."""
+        super().train(mode)
+        if self.config.freeze_batch_norm:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def set_geometry(self, image_size: int, patch_size: int | None = None) -> None:
         """Resample patch kernels and positions for square images of ``image_size`` pixels (nothing for CNNs).
@@ -194,6 +208,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             decode_head=settings,
             image_mean=student.config.image_mean,
             image_std=student.config.image_std,
+            freeze_batch_norm=student.config.freeze_batch_norm,
             id2label=names,
             label2id={name: index for index, name in names.items()},
         )

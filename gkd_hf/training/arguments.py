@@ -63,7 +63,6 @@ class GKDDistillationArguments(StageArguments):
             Students from random weights need it: see ``attention_scale``.
         attention_scale: factor on the attention logits. The paper has none, which makes a random student's attention
             nearly one-hot from the first step.
-        freeze_batch_norm: keep the student's batch norms in eval mode (for weights whose statistics were folded away).
         sync_batch_norm: share batch statistics between processes (CUDA only).
 
     Raises:
@@ -81,7 +80,6 @@ class GKDDistillationArguments(StageArguments):
     patch_weight: float = field(default=1.0, metadata={"help": "Weight of the masked patch loss."})
     query_warmup_steps: int = field(default=0, metadata={"help": "Steps with the query branches off."})
     attention_scale: float = field(default=1.0, metadata={"help": "Factor on the attention logits."})
-    freeze_batch_norm: bool = field(default=False, metadata={"help": "Keep the student's batch norms in eval mode."})
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -94,7 +94,7 @@ class GKDDistillationTrainer(StreamTrainer):
         self.teacher = teacher if isinstance(teacher, GKDTeacher) else GKDTeacher(teacher)
         # A student with learned positions dictates the grid; a CNN's map is resampled to the teacher's.
         grid_owner = student.adapter if student.adapter.fixed_grid else self.teacher.adapter
-        model = GKDDistiller(student, objective or self._new_objective(student, args), args.freeze_batch_norm)
+        model = GKDDistiller(student, objective or self._new_objective(student, args))
         self._check_objective(model.objective, student)
         # Masks a batch never draws would leave their parameter without a gradient.
         masked = int(args.mask_probability * args.per_device_train_batch_size + 1e-9) > 0 and args.mask_ratio > 0

@@ -48,7 +48,6 @@ DISTILLATION_SETTINGS = (
     "patch_weight",
     "query_warmup_steps",
     "attention_scale",
-    "freeze_batch_norm",
 )
 
 
@@ -396,7 +395,10 @@ def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImage
 
 def new_student(recipe: Recipe) -> GKDStudentModel:
     """The student as the recipe names it, before any stage."""
-    return GKDStudentModel.from_encoder(recipe.student.encoder, pretrained=recipe.student.pretrained)
+    student = recipe.student
+    return GKDStudentModel.from_encoder(
+        student.encoder, pretrained=student.pretrained, freeze_batch_norm=student.freeze_batch_norm
+    )
 
 
 def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:

@@ -33,6 +33,7 @@ class StudentRecipe:
 
     encoder: Any = MISSING
     pretrained: bool = True  # False: random weights in the architecture of that id or folder
+    freeze_batch_norm: bool = False  # never train in batch statistics: for weights whose own were folded away
 
 
 @dataclass
@@ -84,7 +85,6 @@ class DistillationRecipe(StageRecipe):
     patch_weight: float = 1.0
     query_warmup_steps: int = 0
     attention_scale: float = 1.0
-    freeze_batch_norm: bool = False
     carry_heads: bool = True  # start from the heads of the stage before, if there is one
 
 

@@ -100,8 +100,8 @@ def test_the_masked_view_has_its_own_batch_statistics() -> None:
 
 def test_frozen_batch_norms_stay_in_eval_mode() -> None:
     torch.manual_seed(0)
-    student = GKDStudentModel.from_encoder(ENCODERS["resnet"])
-    model = GKDDistiller(student, GKDObjective(24, TEACHER_DIM), freeze_batch_norm=True).train()
+    student = GKDStudentModel.from_encoder(ENCODERS["resnet"], freeze_batch_norm=True)
+    model = GKDDistiller(student, GKDObjective(24, TEACHER_DIM)).train()
     before = {name: buffer.clone() for name, buffer in student.named_buffers()}
     model(**make_batch())["total"].backward()
     assert all(torch.equal(before[name], buffer) for name, buffer in student.named_buffers())
