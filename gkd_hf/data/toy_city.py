@@ -26,8 +26,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from gkd_hf.data.toy_city_photometry import develop, take
-from gkd_hf.data.toy_city_scene import CLASSES, PARTS, Scene
+from gkd_hf.data.toy_city_scene import Scene
 from gkd_hf.data.toy_city_styles import PRESETS, Geometry, Palette, Style
+from gkd_hf.data.toy_city_surfaces import CLASSES, PARTS
 from gkd_hf.errors import InputError, nearest
 
 __all__ = [

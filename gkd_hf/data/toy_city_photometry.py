@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gkd_hf.data.toy_city_scene import (
+from gkd_hf.data.toy_city_scene import Scene
+from gkd_hf.data.toy_city_styles import Style
+from gkd_hf.data.toy_city_surfaces import (
     BAY,
-    CLASSES,
-    COLUMNS,
     COVER,
     DEPTH,
-    EMIT,
     FAR,
     GROUND,
     KIND,
@@ -28,13 +27,10 @@ from gkd_hf.data.toy_city_scene import (
     RED,
     SKY,
     SUPERSAMPLING,
-    TEXTURE,
     WALL,
     WALL_X,
     WINDOW,
-    Scene,
 )
-from gkd_hf.data.toy_city_styles import Style
 
 BANK = 256
 WEATHER = ("night", "fog", "rain", "snow")
@@ -247,7 +243,6 @@ def _averaged(table: np.ndarray, fine_ids: np.ndarray) -> tuple[np.ndarray, np.n
     # eight bytes per surface travel as one integer: one look-up per sub-pixel instead of eight
     packed = np.ascontiguousarray(np.clip(table[:, RED : COVER + 1], 0, 1) * 255 + 0.5, dtype=np.float32)
     packed = packed.astype(np.uint8).view(np.uint64)[:, 0]
-    assert EMIT == RED + 3 and TEXTURE == EMIT + 3 and COLUMNS > COVER
     total = np.zeros((*fine_ids[:, ::SUPERSAMPLING, ::SUPERSAMPLING].shape, 8), np.uint16)
     for i in range(SUPERSAMPLING):
         for j in range(SUPERSAMPLING):
@@ -392,6 +387,3 @@ def _camera(image, shots, value, size):  # noqa: ANN001, ANN202
     image = grey[..., None] + (image - grey[..., None]) * value["saturation"][..., None]
     image = image + np.stack([shot.grain for shot in shots]) * value["noise"][..., None]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-assert len(CLASSES) == int(PART_CLASS.max()) + 1
