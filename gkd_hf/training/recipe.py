@@ -204,6 +204,8 @@ def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
             parsed = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(f"override '{override}' cannot be read: {_first_line(error)}") from error
+        if key in _TAKEN_WHOLE or key.startswith("data.label_maps."):
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{key}=null"]))
         merged = _merge(merged, parsed, f"override '{override}'")
     try:
         _no_missing_keys(merged, origin)
@@ -241,6 +243,9 @@ def _merge(recipe: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}: {_first_line(error)}") from error
 
+
+# A mapping given for one of these replaces the recipe's: fields of two architectures or heads do not mix.
+_TAKEN_WHOLE = ("student.encoder", "stages.task.decode_head")
 
 _SECTIONS: dict[type, dict[str, type]] = {
     Recipe: {"student": StudentRecipe, "teacher": TeacherRecipe, "stages": StagesRecipe, "data": DataRecipe},

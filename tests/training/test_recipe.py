@@ -1,0 +1,181 @@
+"""Recipes: what is read from YAML and overrides, what the shipped ones say, what --plan tells of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gkd_hf.errors import InputError
+from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
+from gkd_hf.training.recipe import load_recipe
+from gkd_hf.training.recipe_data import RecipeData, distinct_colours
+from gkd_hf.training.stage_folder import StageFolder, replace_folder
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+PAPER = [path for path in RECIPES if "dinov2" in path.name]
+TEACHER = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def overrides_of(path: Path) -> list[str]:
+    return ["teacher.name=org/teacher"] if "camvid" in path.name else []
+
+
+def test_six_recipes_ship() -> None:
+    assert len(RECIPES) == 6
+    assert len(PAPER) == 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_parses_and_plans_without_network(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise AssertionError("--plan opened a connection")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = importlib.util.spec_from_file_location("run_gkd", ROOT / "scripts" / "run_gkd.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([str(path), "--plan", *overrides_of(path)]) == 0
+    text = capsys.readouterr().out
+    recipe = load_recipe(path, overrides_of(path))
+    for name, _ in recipe.stages:
+        assert f"stage {name}:" in text
+    for wanted in ("effective batch", "learning rate", "trainable", "frozen", recipe.output_dir, "downloads"):
+        assert wanted in text
+    assert Path(recipe.output_dir).name == path.stem
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_paper_recipes_follow_the_paper(path: Path) -> None:
+    recipe = load_recipe(path)
+    first, second, task = (stage for _, stage in recipe.stages)
+    assert (first.data, first.image_size, first.epochs, first.batch_size) == ("imagenet", 224, 100, 512)
+    assert (second.data, second.image_size, second.epochs, second.batch_size) == (task.data, 512, 300, 128)
+    assert (task.max_steps, task.batch_size, task.learning_rate, task.decode_head) == (40000, 4, 1e-4, "mask2former")
+    assert (task.window, task.stride, task.max_class_fraction) == (512, 341, 0.75)
+    for stage in (first, second):
+        assert stage.learning_rate is None  # 5e-4 · batch / 512
+        assert (stage.min_learning_rate, stage.weight_decay) == (1e-5, 0.05)
+        assert (stage.crop_scale, stage.rand_augment, stage.erase_probability) == ([0.08, 1.0], True, 0.25)
+        assert (stage.mask_probability, stage.mask_ratio) == (0.5, 0.5)
+        assert (stage.query_warmup_steps, stage.attention_scale, stage.carry_heads) == (0, 1.0, True)
+    if "deit" in path.name:
+        assert (first.patch_size, second.patch_size, task.patch_size) == (14, 16, 16)
+    assert recipe.method == "gkd"
+
+
+def test_plan_of_the_main_setting() -> None:
+    text = plan(load_recipe(ROOT / "scripts" / "recipes" / "gtav_dinov2b_deits.yaml"))
+    assert "steps: 250,229 (100 epochs)" in text or "steps: 250,228 (100 epochs)" in text
+    assert "steps: 29,070 (300 epochs)" in text
+    assert "learning rate: 0.000125, cosine to 1e-05" in text
+    assert "facebook/dinov2-base: about 347 MB" in text
+    assert "data.roots.gtav=FOLDER_OR_HUB_ID" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("facebook/dinov2-small", 22.06),
+        ("facebook/dinov2-base", 86.58),
+        ("facebook/dinov2-large", 304.37),
+        ("facebook/dinov2-giant", 1136.48),
+        ("facebook/deit-tiny-patch16-224", 5.53),
+        ("facebook/deit-base-patch16-224", 85.80),
+        ("microsoft/resnet-18", 11.18),
+        ("microsoft/resnet-50", 23.51),
+        ("microsoft/resnet-101", 42.50),
+    ],
+)
+def test_known_architectures_have_their_published_size(name: str, millions: float) -> None:
+    assert planned_encoder(name, True).parameters == pytest.approx(millions * 1e6, rel=2e-3)
+    assert name in KNOWN_ENCODERS
+
+
+def test_plan_does_not_need_to_know_an_encoder() -> None:
+    recipe = load_recipe(ROOT / "scripts/recipes/gtav_dinov2b_deits.yaml", ["student.encoder=org/other"])
+    text = plan(recipe)
+    assert "org/other, unknown without the Hub parameters" in text
+    assert "org/other: size unknown" in text
+
+
+def test_plan_counts_what_is_trained(tmp_path: Path) -> None:
+    from gkd_hf.models.loading import load_encoder
+
+    encoder = load_encoder(TEACHER | {"image_size": 32, "patch_size": 8, "intermediate_size": 48})[0]
+    encoder.save_pretrained(tmp_path)
+    planned = planned_encoder(str(tmp_path), True)
+    assert planned.parameters == count(encoder)
+    assert not planned.downloaded
+
+
+def test_overrides_replace_values_and_leave_stages_out() -> None:
+    path = ROOT / "scripts/recipes/quickstart.yaml"
+    recipe = load_recipe(path, ["stages.task_agnostic=null", "seed=7", "data.roots.custom:berlin=/a/b.c"])
+    assert [name for name, _ in recipe.stages] == ["domain_agnostic", "task"]
+    assert recipe.seed == 7
+    assert recipe.data.roots == {"custom:berlin": "/a/b.c"}
+    assert load_recipe(path, ["student.encoder.depths=[1, 1, 1]"]).student.encoder["hidden_sizes"] == [32, 64, 128]
+    # A whole encoder replaces the recipe's: the fields of a ResNet mean nothing to a ViT.
+    assert load_recipe(path, ["student.encoder={model_type: vit}"]).student.encoder == {"model_type": "vit"}
+
+
+def test_recipe_survives_being_saved(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", ["data.label_maps.custom={0: 1, 7: 255}"])
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["label_maps"]["custom"] == {0: 1, 7: 255}
+
+
+def test_quickstart_has_four_unseen_styles_and_a_baseline() -> None:
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml")
+    assert len(recipe.evaluate) >= 4
+    assert recipe.baselines == ["none"]
+    data = RecipeData(recipe)
+    assert data.evaluated()[0] == "toy_city"
+    places = {data.location(use.domain) for use in data.uses()}
+    assert len(places) == 2 + len(recipe.evaluate)
+
+
+def test_training_and_test_scenes_differ() -> None:
+    uses = RecipeData(load_recipe(ROOT / "scripts/recipes/quickstart.yaml")).uses()
+    assert {use.split for use in uses if use.domain == "toy_city"} == {"train", "test"}
+    assert [use.labelled for use in uses if use.domain == "toy_city:pool"] == [False]
+
+
+def test_colours_of_own_classes_differ() -> None:
+    assert len(set(distinct_colours(40))) == 40
+
+
+def test_stage_folder_names_the_setting_that_changed(tmp_path: Path) -> None:
+    StageFolder(tmp_path, {"stages": {"task": {"batch_size": 4, "workers": 2}}}).begin()
+    StageFolder(tmp_path, {"stages": {"task": {"batch_size": 4, "workers": 8}}})
+    with pytest.raises(InputError, match=re.escape("stages.task.batch_size = 4, the recipe now says 8")):
+        StageFolder(tmp_path, {"stages": {"task": {"batch_size": 8, "workers": 2}}})
+
+
+def test_stage_is_finished_only_once_its_model_is_whole(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path, {})
+    folder.begin()
+
+    def fails(place: Path) -> None:
+        (place / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folder.finish(fails, {"steps": 1})
+    assert not folder.finished
+    assert not folder.model.exists()
+    folder.finish(lambda place: (place / "whole").write_text("x"), {"steps": 1})
+    assert folder.finished
+    assert [path.name for path in folder.model.iterdir()] == ["whole"]
+    assert folder.summary() == {"steps": 1}
+    replace_folder(folder.model, lambda place: (place / "newer").write_text("x"))
+    assert [path.name for path in folder.model.iterdir()] == ["newer"]
