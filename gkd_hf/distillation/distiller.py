@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,6 +29,10 @@ class GKDDistiller(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Recompute the student's activations in the backward pass, as `TrainingArguments` can ask for."""
+        self.student.activation_checkpointing_enable(**settings)
 
     def forward(
         self,

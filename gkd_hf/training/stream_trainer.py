@@ -82,6 +82,8 @@ class StreamTrainer(Trainer):
         if args.sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if isinstance(train_dataset, SampleStream):
+            if args.max_steps < 1:
+                raise InputError("a SampleStream is endless: say when to stop with max_steps in the arguments")
             args.ignore_data_skip = True  # the stream starts where it should
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks

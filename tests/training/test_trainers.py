@@ -279,6 +279,21 @@ def test_ordinary_data_sets_work_too(tmp_path: Path) -> None:
     assert trainer.state.global_step == 3
 
 
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = distillation_trainer(tmp_path / "plain", max_steps=2, save_strategy="no")
+    plain.train()
+    saving = distillation_trainer(tmp_path / "saving", max_steps=2, save_strategy="no", activation_checkpointing=True)
+    assert not any(module.gradient_checkpointing for module in plain.student.encoder.layers)
+    saving.train()
+    assert all(module.gradient_checkpointing for module in saving.student.encoder.layers)
+    assert_equal(weights(saving), weights(plain))
+
+
+def test_an_endless_stream_needs_max_steps(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="endless: say when to stop with max_steps"):
+        distillation_trainer(tmp_path, max_steps=-1)
+
+
 class Poisoned(SampleStream):
     """A stream whose pixels turn into infinities at one sample."""
 
