@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
+from gkd_hf.training.checks import check_grids, check_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 from gkd_hf.training.recipe_data import DataUse, RecipeData, is_toy_city
@@ -399,33 +399,3 @@ def new_student(recipe: Recipe) -> GKDStudentModel:
     return GKDStudentModel.from_encoder(
         student.encoder, pretrained=student.pretrained, freeze_batch_norm=student.freeze_batch_norm
     )
-
-
-def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
-    """Raise `InputError` if the teacher cannot give its tokens on the grid the losses are computed on."""
-    grid = teacher.grid_for(image_size)
-    if student.adapter.fixed_grid:
-        grid = (image_size // student.adapter.stride,) * 2
-    teacher.fit_geometry(image_size, grid)
-
-
-def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:
-    """Optimiser steps of a stage; raises `InputError` if neither recipe nor data tell."""
-    steps = stage.max_steps or stage.steps(data.train_images(stage.data))
-    if not steps:
-        raise InputError(
-            f"stages.{name}: the number of images of '{stage.data}' is not known: give max_steps, not epochs"
-        )
-    return steps
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raise `InputError` if results cannot be written there."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"output_dir '{folder}' cannot be written: '{place}' is no folder that you may write to")
-    free = shutil.disk_usage(place).free
-    if free < 2**28:
-        raise InputError(f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another")

@@ -1,0 +1,43 @@
+"""What can be told to be impossible before any training: the grids, the length of a stage, the output folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from gkd_hf.errors import InputError
+from gkd_hf.models.modeling_gkd import GKDStudentModel
+from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training.recipe import StageRecipe
+from gkd_hf.training.recipe_data import RecipeData
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise `InputError` if results cannot be written there."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"output_dir '{folder}' cannot be written: '{place}' is no folder that you may write to")
+    free = shutil.disk_usage(place).free
+    if free < 2**28:
+        raise InputError(f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another")
+
+
+def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
+    """Raise `InputError` if the teacher cannot give its tokens on the grid the losses are computed on."""
+    grid = teacher.grid_for(image_size)
+    if student.adapter.fixed_grid:
+        grid = (image_size // student.adapter.stride,) * 2
+    teacher.fit_geometry(image_size, grid)
+
+
+def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:
+    """Optimiser steps of a stage; raises `InputError` if neither recipe nor data tell."""
+    steps = stage.max_steps or stage.steps(data.train_images(stage.data))
+    if not steps:
+        raise InputError(
+            f"stages.{name}: the number of images of '{stage.data}' is not known: give max_steps, not epochs"
+        )
+    return steps
