@@ -144,6 +144,8 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     table = np.concatenate([shot.scene.surfaces for shot in shots])
     fine_ids = np.stack([shot.scene.ids for shot in shots]) + starts[:-1, None, None].astype(np.int32)
     ids = fine_ids[:, 1::SUPERSAMPLING, 1::SUPERSAMPLING]
+    # random fields are shifted by the number within the scene, so that a sample does not know its batch
+    own_ids = ids - starts[:-1, None, None].astype(np.int32)
     albedo, emission, grain_amplitude, cover = _averaged(table, fine_ids)
     part = table[:, PART_ID].astype(np.uint8)[ids]
     kind = table[:, KIND].astype(np.uint8)[ids]
@@ -168,10 +170,10 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
     # ---- windows and texture
     albedo, emission, glass, lit = _windows(
-        albedo, emission, table, ids, depth, along, y, focal, wall, wall_x, value, bank
+        albedo, emission, table, ids, own_ids, depth, along, y, focal, wall, wall_x, value["storey"]
     )
     part[glass > 0.5] = PART["window"]
-    u = (along * 7 + ids * 37).astype(np.int32)
+    u = (along * 7 + own_ids * 37).astype(np.int32)
     v = (np.where(ground, depth * 7, y * 7) + shifts[:, 0, None, None]).astype(np.int32)
     grain = bank[0][v & cells, np.where(ground, (x * 7).astype(np.int32), u) & cells]
     patchy = bank[1][
@@ -200,7 +202,7 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     white = np.array([0.90, 0.93, 0.98], np.float32) * (0.92 + 0.16 * grain * nearness)[..., None]
     image += (lies * (rests > 0))[..., None] * (white * (1 - 0.2 * shaded[..., None]) - image)
 
-    image = _sky(image, sky, shots, value, shifts, row, horizon, bank, size)
+    image = _sky(image, sky, shots, value, shifts, row, horizon)
 
     # ---- overcast weather takes colour out and makes the ground shine
     dull = np.maximum(value["rain"] * 0.62, np.maximum(value["snow"] * 0.4, value["fog"] * 0.3))[..., None]
@@ -211,7 +213,7 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     night = value["night"][..., None]
     dark = np.array([0.75, 0.88, 1.35], np.float32)
     beam = np.exp(-(((x - offset) / (1.2 + 0.16 * depth)) ** 2)) * np.exp(-depth / 16.0) * (y < 1.6)
-    glow = _glow(emission, size)
+    glow = _glow(emission)
     ambient = (1 - night) ** 1.6 * (1 - 0.35 * night) + night * 0.085 * dark
     warm = np.array([1.0, 0.93, 0.78], np.float32)
     image *= ambient + night * (0.62 * beam[..., None] * warm + 1.9 * glow)
@@ -220,7 +222,7 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     haze = (0.22 + 0.5 * value["rain"] + 0.6 * value["fog"])[..., None]
     image += night * haze * glow * 0.55
 
-    image = _wet(image, ground, value["rain"], grain, horizon, size)
+    image = _wet(image, ground, value["rain"], grain, horizon)
 
     # ---- fog: extinction along the line of sight
     density = 0.0015 + 0.085 * value["fog"] ** 2 + 0.012 * value["rain"] + 0.012 * value["snow"]
@@ -232,8 +234,8 @@ def develop(shots: list[Shot]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     image = veil + through * (image - veil)
     image += night * (value["fog"][..., None]) * glow * 0.5
 
-    image = _precipitation(image, value, shifts, night, size)
-    image = _camera(image, shots, value, size)
+    image = _precipitation(image, value, shifts, night)
+    image = _camera(image, shots, value)
     labels = PART_CLASS[part]
     return image, labels, part, depth.astype(np.float32)
 
@@ -251,7 +253,20 @@ def _averaged(table: np.ndarray, fine_ids: np.ndarray) -> tuple[np.ndarray, np.n
     return mean[..., :3], mean[..., 3:6], mean[..., 6], mean[..., 7]
 
 
-def _windows(albedo, emission, table, ids, depth, along, y, focal, wall, wall_x, value, bank):  # noqa: ANN001, ANN202
+def _windows(
+    albedo: np.ndarray,
+    emission: np.ndarray,
+    table: np.ndarray,
+    ids: np.ndarray,
+    own_ids: np.ndarray,
+    depth: np.ndarray,
+    along: np.ndarray,
+    y: np.ndarray,
+    focal: np.ndarray,
+    wall: np.ndarray,
+    wall_x: np.ndarray,
+    storey: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Put glass on the walls, with edges filtered by the pixel's footprint; some of it is lit."""
     glass = np.zeros(ids.shape, np.float32)
     lit = np.zeros(ids.shape, bool)
@@ -259,10 +274,10 @@ def _windows(albedo, emission, table, ids, depth, along, y, focal, wall, wall_x,
     at = np.nonzero(fill > 0)
     if not len(at[0]):
         return albedo, emission, glass, lit
-    fill, bay, number = fill[at], table[:, BAY][ids[at]], ids[at]
+    fill, bay, number = fill[at], table[:, BAY][ids[at]], own_ids[at]
     z, on_wall = depth[at], wall[at]
     scale = np.broadcast_to(focal, ids.shape)[at]
-    storey = np.broadcast_to(value["storey"], ids.shape)[at]
+    storey = np.broadcast_to(storey, ids.shape)[at]
     step = z / scale
     step_along = np.where(on_wall, z * step / np.maximum(np.abs(wall_x[at]), 0.5), step)
     u, v = along[at] / bay, y[at] / storey
@@ -272,7 +287,7 @@ def _windows(albedo, emission, table, ids, depth, along, y, focal, wall, wall_x,
         return sharp + np.clip(1.6 * footprint - 0.6, 0, 1) * (width - sharp)
 
     cover = covered(u % 1, fill, step_along / bay) * covered((v + 0.06) % 1, 0.56, step / storey) * (v > 0.12)
-    hashed = bank[2][
+    hashed = _bank()[2][
         (np.floor(v).astype(np.int32) * 71 + number) & (BANK - 1),
         (np.floor(u).astype(np.int32) * 53 + number * 11) & (BANK - 1),
     ]
@@ -286,8 +301,17 @@ def _windows(albedo, emission, table, ids, depth, along, y, focal, wall, wall_x,
     return albedo, emission, glass, lit
 
 
-def _sky(image, sky, shots, value, shifts, row, horizon, bank, size):  # noqa: ANN001, ANN202
+def _sky(
+    image: np.ndarray,
+    sky: np.ndarray,
+    shots: list[Shot],
+    value: dict[str, np.ndarray],
+    shifts: np.ndarray,
+    row: np.ndarray,
+    horizon: np.ndarray,
+) -> np.ndarray:
     """Gradient, clouds (a closed cover when it rains or snows), stars."""
+    bank, size = _bank(), image.shape[1]
     palettes = [shot.scene.palette for shot in shots]
     top, low, cloud = (
         np.array([getattr(palette, name) for palette in palettes], np.float32)[:, None, None]
@@ -324,8 +348,9 @@ def _glow_matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
     return pool, (wide / wide.sum(1, keepdims=True).max()).astype(np.float32)
 
 
-def _glow(emission: np.ndarray, size: int) -> np.ndarray:
+def _glow(emission: np.ndarray) -> np.ndarray:
     """Light that lamps, windows and headlights spread around them."""
+    size = emission.shape[1]
     pool, spread = _glow_matrices(size)
     kernel = spread @ pool  # H × H
     count = len(emission)
@@ -335,10 +360,13 @@ def _glow(emission: np.ndarray, size: int) -> np.ndarray:
     return np.minimum(both.reshape(count, size, size, 3).transpose(0, 2, 1, 3) * 2.2, 1.0)
 
 
-def _wet(image, ground, rain, grain, horizon, size):  # noqa: ANN001, ANN202
+def _wet(
+    image: np.ndarray, ground: np.ndarray, rain: np.ndarray, grain: np.ndarray, horizon: np.ndarray
+) -> np.ndarray:
     """A wet street mirrors what stands above the horizon, broken by its own roughness."""
     if not rain.any():
         return image
+    size = image.shape[1]
     row = np.arange(size)[None]
     mirrored = 2 * horizon[:, 0] - row - 1
     rough = (grain * 1.5).astype(np.int64)
@@ -349,8 +377,11 @@ def _wet(image, ground, rain, grain, horizon, size):  # noqa: ANN001, ANN202
     return image + strength * (reflection - image * 0.6)
 
 
-def _precipitation(image, value, shifts, night, size):  # noqa: ANN001, ANN202
-    rain, snow = value["rain"][..., None], value["snow"][..., None]
+def _precipitation(
+    image: np.ndarray, value: dict[str, np.ndarray], shifts: np.ndarray, night: np.ndarray
+) -> np.ndarray:
+    """Rain streaks and snow flakes between the lens and the street."""
+    rain, snow, size = value["rain"][..., None], value["snow"][..., None], image.shape[1]
     at = np.arange(size)
     rows, columns = (shifts[:, 5, None] + at) & (BANK - 1), (shifts[:, 6, None] + at) & (BANK - 1)
     if rain.any():
@@ -366,24 +397,27 @@ def _precipitation(image, value, shifts, night, size):  # noqa: ANN001, ANN202
     return image
 
 
-def _camera(image, shots, value, size):  # noqa: ANN001, ANN202
+def _camera(image: np.ndarray, shots: list[Shot], value: dict[str, np.ndarray]) -> np.ndarray:
     """Lens blur, exposure, colour, sensor noise, quantisation."""
+    size = image.shape[1]
     sigma = value["blur"] * (size / 64)
-    if (sigma > 0.15).any():
+    blurred = np.nonzero(sigma[:, 0, 0] > 0.15)[0]
+    if len(blurred):
         at = np.arange(size, dtype=np.float32)
-        kernel = np.exp(-((at[:, None] - at[None]) ** 2)[None] / (2 * np.maximum(sigma, 0.15) ** 2))
+        kernel = np.exp(-((at[:, None] - at[None]) ** 2)[None] / (2 * sigma[blurred] ** 2))
         kernel /= kernel.sum(-1, keepdims=True)
-        count = len(image)
-        image = (kernel @ image.reshape(count, size, size * 3)).reshape(image.shape)
-        image = image.transpose(0, 2, 1, 3).reshape(count, size, size * 3)
-        image = (kernel @ image).reshape(count, size, size, 3).transpose(0, 2, 1, 3)
+        shape = (len(blurred), size, size, 3)
+        soft = (kernel @ image[blurred].reshape(len(blurred), size, size * 3)).reshape(shape)
+        soft = soft.transpose(0, 2, 1, 3).reshape(len(blurred), size, size * 3)
+        image = image.copy()
+        image[blurred] = (kernel @ soft).reshape(shape).transpose(0, 2, 1, 3)
     balance = np.concatenate([1 + value["temperature"], 1 + value["tint"], 1 - value["temperature"]], axis=-1)[
         :, :, None, :
     ]
     image = image * (balance * value["gain"][..., None])
     middle = image.mean((1, 2, 3), keepdims=True)
     image = middle + (image - middle) * value["contrast"][..., None]
-    grey = image @ np.float32([0.299, 0.587, 0.114])
+    grey = 0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2]
     image = grey[..., None] + (image - grey[..., None]) * value["saturation"][..., None]
     image = image + np.stack([shot.grain for shot in shots]) * value["noise"][..., None]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)

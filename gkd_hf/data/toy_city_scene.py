@@ -6,6 +6,8 @@ everything that depends on light and weather is done later for a whole batch at 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -25,7 +27,8 @@ class Scene:
 
     def __init__(self, style: Style, size: int, rng: np.random.Generator) -> None:
         self.rng, self.style, self.size = rng, style, size
-        self.draws = iter(rng.random(4096).tolist())
+        # in blocks, because one call for each number would cost as much as drawing the polygons
+        self.draws = itertools.chain.from_iterable(rng.random(4096).tolist() for _ in itertools.count())
         geometry = style.geometry
         self.horizon = self.between(geometry.horizon) * size
         self.centre = self.between(geometry.vanishing_x) * size

@@ -6,9 +6,11 @@ Colours are sRGB in 0..1, lengths are metres unless said otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
+
+from gkd_hf.errors import InputError
 
 Range = tuple[float, float]
 Colour = tuple[float, float, float]
@@ -74,6 +76,30 @@ class Palette:
         return float(np.sqrt(np.mean((self.class_means() - other.class_means()) ** 2)))
 
 
+_POSITIVE = (
+    "focal",
+    "camera_height",
+    "road_half_width",
+    "sidewalk_width",
+    "building_height",
+    "building_length",
+    "window_width",
+    "window_bay",
+    "storey",
+    "tree_spacing",
+    "crown_aspect",
+    "lamp_spacing",
+    "car_height",
+)
+
+
+def _check_ranges(settings: Geometry | Style) -> None:
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, tuple) and not (len(value) == 2 and -np.inf < value[0] <= value[1] < np.inf):
+            raise InputError(f"toy city style: {item.name} is {value}, must be (low, high) with low <= high")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The layout a style's scenes are drawn from."""
@@ -101,6 +127,14 @@ class Geometry:
     person_count: Range = (3, 8)
     centre_line: str = "dashed"  # or "double"
 
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        for name in _POSITIVE:
+            if getattr(self, name)[0] <= 0:
+                raise InputError(f"toy city geometry: {name} is {getattr(self, name)}, must be above 0")
+        if self.centre_line not in ("dashed", "double"):
+            raise InputError(f"toy city geometry: centre_line is {self.centre_line!r}, must be 'dashed' or 'double'")
+
 
 @dataclass(frozen=True)
 class Style:
@@ -125,6 +159,13 @@ class Style:
     tint: Range = (-0.02, 0.02)
     blur: Range = (0.0, 0.2)  # standard deviation in pixels of a 64-pixel image
     noise: Range = (0.005, 0.012)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        for name in ("night", "fog", "rain", "snow", "clouds", "sun", "palette_chaos"):
+            low, high = getattr(self, name)
+            if low < 0 or high > 1:
+                raise InputError(f"toy city style: {name} is {(low, high)}, must lie within 0 and 1")
 
 
 OTHER_CITY_PALETTE = Palette(
