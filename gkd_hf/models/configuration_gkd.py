@@ -18,8 +18,8 @@ class GKDStudentConfig(PreTrainedConfig):
         decode_head: fields of the decode head: ``type`` ("linear" or "mask2former") and that head's options. Only the
             segmenter has one.
         image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
-        freeze_batch_norm: keep the encoder's batch norms in eval mode while training; for weights whose statistics were
-            folded into the convolutions, which batch statistics would undo.
+        freeze_batch_norm: keep the encoder's batch norms in eval mode while training; for weights whose statistics
+            were folded into the convolutions, which batch statistics would undo.
         semantic_loss_ignore_index: label that neither the loss nor the metric counts.
     """
 

@@ -42,11 +42,13 @@ class EncoderAdapter:
         model_class: the transformers class that is trained and saved.
         native_mask: whether the model takes ``bool_masked_pos``; where it does not, the image is masked.
         fixed_grid: whether positions are learned for a grid, so that geometry has to be resampled when it changes.
+        norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
     """
 
     model_class: type[PreTrainedModel]
     native_mask = False
     fixed_grid = False
+    norm_epsilon: float | None = None
     constructor: dict[str, bool] = {}
 
     def __init__(self, config: PreTrainedConfig):
@@ -157,6 +159,7 @@ class ViTAdapter(_TransformerAdapter):
     model_class = ViTModel
     constructor = {"add_pooling_layer": False, "use_mask_token": True}
     any_size = {"interpolate_pos_encoding": True}
+    norm_epsilon = 1e-6  # DeiT's and DINO's; their conversions say 1e-12
 
 
 class Dinov2Adapter(_TransformerAdapter):

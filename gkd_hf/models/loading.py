@@ -41,6 +41,8 @@ def load_encoder(
     source = os.fspath(source)
     config = _config_of(source, revision)
     adapter = adapter_for(config)
+    if adapter.norm_epsilon is not None:
+        config.layer_norm_eps = adapter.norm_epsilon
     mean, std = image_statistics(source, revision)
     if not pretrained:
         return adapter.build().float(), mean, std
@@ -78,13 +80,14 @@ def config_from_mapping(fields: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
         raise InputError(f"unknown encoder model_type '{kind}': no such transformers model") from error
-    adapter_for(config)
+    epsilon = adapter_for(config).norm_epsilon
     known = set(config.to_dict())
     for name in fields:
         if name not in known:
             raise InputError(f"{kind} has no configuration field '{name}'{nearest(name, known)}")
     try:
-        return AutoConfig.for_model(kind, **fields)
+        defaults = {} if epsilon is None else {"layer_norm_eps": epsilon}
+        return AutoConfig.for_model(kind, **(defaults | fields))
     except Exception as error:  # the strict configuration classes raise their own type
         raise InputError(f"bad {kind} configuration: {_first_line(error)}") from error
 

@@ -226,10 +226,19 @@ def test_weights_and_image_statistics_are_read(tmp_path) -> None:
     assert not torch.equal(fresh.state_dict()[weight], encoder.state_dict()[weight])
 
 
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_norms_have_the_papers_epsilon(kind: str, tmp_path) -> None:
+    fields = {key: value for key, value in ENCODERS[kind].items() if key != "model_type"}
+    config = AutoConfig.for_model(kind, **fields)
+    adapter_for(config).build().save_pretrained(tmp_path)
+    for encoder in (load_encoder(ENCODERS[kind])[0], load_encoder(tmp_path)[0]):
+        assert {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
 def test_a_vit_saved_by_transformers_is_read_whole(tmp_path) -> None:
     torch.manual_seed(0)
     fields = {key: value for key, value in ENCODERS["vit"].items() if key != "model_type"}
-    original = ViTModel(AutoConfig.for_model("vit", **fields)).eval()
+    original = ViTModel(AutoConfig.for_model("vit", layer_norm_eps=1e-6, **fields)).eval()
     original.save_pretrained(tmp_path)
     student = GKDStudentModel.from_encoder(tmp_path).eval()
     pixels = torch.randn(1, 3, 32, 32)
