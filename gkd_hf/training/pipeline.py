@@ -8,6 +8,7 @@ anything from the memory of the one before, only what that one saved, and seeds 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     # What is loaded and saved is told by the stages; bars for it would tear the training's bar apart.
     transformers_logging.disable_progress_bar()
+    # Loading in a launched process warns that nothing was sharded by tensor parallelism, which nobody asked for.
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     return Pipeline(recipe).run()
 
 
