@@ -22,7 +22,7 @@ from transformers import set_seed
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream
+from gkd_hf.data.streaming import EvaluationSet, SampleStream, count_rows
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
@@ -321,13 +321,15 @@ class Pipeline:
         *,
         labelled: bool,
     ) -> SampleStream:
+        use = DataUse(stage.data, "train", labelled)
         return SampleStream(
-            self.data.rows(DataUse(stage.data, "train", labelled)),
+            self.data.rows(use),
             transform,
             seed=self.recipe.seed,
             micro_batch_size=arguments.per_device_train_batch_size,
             domain=stage.data,
             label_map=self.data.label_map(stage.data) if labelled else None,
+            num_rows=count_rows(self.data.location(stage.data), use.split),
         )
 
     def _evaluation_set(self, name: str, mean: list[float], std: list[float]) -> EvaluationSet:
