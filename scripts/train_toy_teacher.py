@@ -1,6 +1,6 @@
 """Train the small teacher that ships with the package, and measure it.
 
-    python scripts/train_toy_teacher.py --precision bf16                  # as shipped: 12 minutes on two cores with AMX
+    python scripts/train_toy_teacher.py --precision bf16                  # as shipped: two cores with AMX
     python scripts/train_toy_teacher.py                                   # the same in fp32, on any CPU
     python scripts/train_toy_teacher.py --steps 30 --views 512 --output /tmp/teacher
     python scripts/train_toy_teacher.py --evaluate                        # the shipped one, beside a small CNN alone
