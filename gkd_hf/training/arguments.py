@@ -25,6 +25,10 @@ class StageArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept in the output folder."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Services to report to."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Passed to DDP."})
+    use_cpu: bool = field(
+        default_factory=lambda: not torch.accelerator.is_available(),
+        metadata={"help": "Train on the CPU; processes launched there join only if they know it."},
+    )
     accelerator_config: dict | str | None = field(
         default_factory=lambda: {"dispatch_batches": False},
         metadata={"help": "Accelerate's settings; by default each process decodes its own samples."},

@@ -307,7 +307,6 @@ class Pipeline:
             per_device_train_batch_size=self._device_batch(name, stage),
             dataloader_num_workers=stage.workers,
             bf16=bf16,
-            use_cpu=self.use_cpu,
             seed=self.recipe.seed,
             **{key: getattr(stage, key) for key in COPIED_SETTINGS},
             **settings,
@@ -350,7 +349,7 @@ class Pipeline:
         trainers = {None: trainer} | {name: self._learn_task(name, None) for name in recipe.baselines}
         if self.state.is_main_process:
             self._save_artefacts(trainer.model)
-        method = {"gkd": "GKD", "mse": "MSE"}[recipe.method] if last is not None else "alone"
+        method = {"gkd": "GKD", "mse": "MSE"}[recipe.method] if last is not None else "frozen"
         report = DomainReport(self.data.source, self.data.label_space, recipe.as_dict(), recipe.seed, method=method)
         for baseline, each in trainers.items():
             results: dict[str, DomainResult] = each.evaluate_domains()
