@@ -275,6 +275,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         domain: name for messages and reports.
         limit: use only the first ``limit`` images; ``None`` uses all.
         bad_row_limit: largest fraction of corrupt rows that is skipped.
+        num_rows: rows if known (``count_rows``), for progress bars alone.
 
     Yields ``{"pixel_values": float32 3×H×W, "labels": int64 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
     where h×w is the image's own size. A corrupt row is left out and reported with the reader's next image (or its
@@ -294,6 +295,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         bad_row_limit: float = 0.01,
         rank: int = 0,
         world_size: int = 1,
+        num_rows: int | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise InputError(f"limit is {limit} for domain '{domain}': give 1 or more, or null for all images")
@@ -306,6 +308,15 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         self.bad_row_limit = bad_row_limit
         self.rank = rank
         self.world_size = world_size
+        self.num_rows = num_rows
+
+    @property
+    def share(self) -> int | None:
+        """Images of this process, corrupt ones included; None if the number of rows is not known."""
+        if self.num_rows is None:
+            return None
+        images = self.num_rows if self.limit is None else min(self.limit, self.num_rows)
+        return len(range(self.rank, images, self.world_size))
 
     def shard(self, rank: int, world_size: int) -> EvaluationSet:
         """Return a copy for one process."""

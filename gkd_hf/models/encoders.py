@@ -180,6 +180,8 @@ class _ConvolutionalAdapter(EncoderAdapter):
     ) -> EncoderOutput:
         if bool_masked_pos is not None:
             raise InputError(f"{self.config.model_type} has no mask token: mask the image instead")
+        # Convolutions are faster with the channels innermost, and pass that layout on.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         output = model(pixel_values, output_hidden_states=output_maps)
         last = output.last_hidden_state
         maps = (*self.finer_maps(output.hidden_states), last) if output_maps else ()

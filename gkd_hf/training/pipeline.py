@@ -333,13 +333,15 @@ class Pipeline:
 
     def _evaluation_set(self, name: str, mean: list[float], std: list[float]) -> EvaluationSet:
         entry = recipe_domain(name)
+        use = DataUse(name, "test", True)
         return EvaluationSet(
-            self.data.rows(DataUse(name, "test", True)),
+            self.data.rows(use),
             EvaluationTransform(mean, std, size=entry.test_size, keep_ratio=entry.keep_ratio),
             domain=name,
             label_map=self.data.label_map(name),
             label_space=self.data.label_space,
             limit=self.recipe.stages.task.evaluation_images,
+            num_rows=count_rows(self.data.location(name), use.split),
         )
 
     # -- results ------------------------------------------------------------------------------------------------------

@@ -136,8 +136,9 @@ class GKDSegmentationTrainer(StreamTrainer):
     def _evaluate_domain(self, name: str, images: EvaluationSet, examples: int) -> DomainResult:
         args = self.args
         model = self.accelerator.unwrap_model(self.model).to(args.device).eval()
+        images = images.shard(args.process_index, args.world_size)
         loader = DataLoader(
-            images.shard(args.process_index, args.world_size),
+            images,
             batch_size=args.per_device_eval_batch_size,
             collate_fn=collate_evaluation,
             num_workers=args.dataloader_num_workers,
@@ -145,8 +146,10 @@ class GKDSegmentationTrainer(StreamTrainer):
         classes = model.config.num_labels
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
         seen, kept, skipped = 0, [], []
-        bar = tqdm(loader, desc=name, unit="batch", disable=args.disable_tqdm or args.process_index > 0, leave=False)
-        for batch in bar:
+        quiet = args.disable_tqdm or args.process_index > 0
+        bar = tqdm(total=images.share, desc=name, unit="image", disable=quiet, leave=False)
+        for batch in loader:
+            bar.update(len(batch["labels"]) + len(batch["bad_rows"]))
             skipped.extend(batch["bad_rows"])
             pixels, labels = batch["pixel_values"], batch["labels"]
             groups = [(pixels, labels)] if isinstance(pixels, torch.Tensor) else zip(pixels, labels, strict=True)
@@ -163,6 +166,7 @@ class GKDSegmentationTrainer(StreamTrainer):
                 if len(kept) < examples:
                     kept.append((image, truth.numpy().astype("uint8"), prediction.cpu().numpy().astype("uint8")))
             seen += len(labels)
+        bar.close()
         counts = self.accelerator.reduce(counts, reduction="sum")
         shares = gather_object([(seen, kept, skipped)])
         return DomainResult(

@@ -48,6 +48,14 @@ def test_samples_keep_the_native_label_and_image(write_folder):
     assert batch["pixel_values"].shape == (3, 3, 6, 12) and len(batch["labels"]) == 3
 
 
+def test_the_share_is_what_a_bar_needs(write_folder):
+    whole = make_set(write_folder(make_rows(7)), num_rows=7)
+    assert [whole.shard(rank, 3).share for rank in range(3)] == [3, 2, 2]
+    limited = make_set(write_folder(make_rows(7)), num_rows=7, limit=4)
+    assert [limited.shard(rank, 3).share for rank in range(3)] == [2, 1, 1]
+    assert make_set(write_folder(make_rows(7))).share is None
+
+
 def test_unequal_sizes_stay_a_list(write_folder):
     rows = make_rows(2, images={1: row_image(1, 10)}, labels={1: encode(np.zeros((10, 10), np.uint8))})
     batch = collate_evaluation(list(make_set(write_folder(rows, split="test"), size=None)))
