@@ -49,11 +49,11 @@ def test_samples_keep_the_native_label_and_image(write_folder):
 
 
 def test_the_share_is_what_a_bar_needs(write_folder):
-    whole = make_set(write_folder(make_rows(7)), num_rows=7)
+    whole = make_set(write_folder(make_rows(7), split="test"), num_rows=7)
     assert [whole.shard(rank, 3).share for rank in range(3)] == [3, 2, 2]
-    limited = make_set(write_folder(make_rows(7)), num_rows=7, limit=4)
+    limited = make_set(write_folder(make_rows(7), split="test"), num_rows=7, limit=4)
     assert [limited.shard(rank, 3).share for rank in range(3)] == [2, 1, 1]
-    assert make_set(write_folder(make_rows(7))).share is None
+    assert make_set(write_folder(make_rows(7), split="test")).share is None
 
 
 def test_unequal_sizes_stay_a_list(write_folder):
