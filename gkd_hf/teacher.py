@@ -49,6 +49,7 @@ class GKDTeacher(nn.Module):
         self.geometry = geometry
         self.encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
         self.adapter = adapter_for(self.encoder.config)
+        self._original = (self.encoder,)  # in a tuple, so that it is no sub-module
         if geometry == "resample_patch_embed" and not self.adapter.fixed_grid:
             raise InputError(
                 "teacher geometry resample_patch_embed needs patch kernels and positions to resample, "
@@ -88,7 +89,12 @@ class GKDTeacher(nn.Module):
                 f"the teacher's tokens cannot be resampled to a {grid[0]}×{grid[1]} grid of a {image_size}² image: "
                 f"{image_size} is not a multiple of {grid[0]} (choose an image size that is, or geometry native)"
             )
-        self.encoder = resample_geometry(self.encoder, image_size, image_size // grid[0])
+        patch_size = image_size // grid[0]
+        if (self.encoder.config.image_size, self.adapter.stride) == (image_size, patch_size):
+            return
+        # Always from the original: what was resampled before has lost detail.
+        original = self._original[0].to(self.image_mean.device)
+        self.encoder = resample_geometry(original, image_size, patch_size)
         self.adapter = adapter_for(self.encoder.config)
 
     @torch.no_grad()

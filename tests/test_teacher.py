@@ -59,6 +59,10 @@ def test_resampled_geometry_sees_the_students_image() -> None:
     assert teacher.encoder.config.patch_size == 16
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert teacher(torch.randn(1, 3, 32, 32), (2, 2), HALF, HALF).grid == (2, 2)
+    kernel = teacher.encoder.embeddings.patch_embeddings.projection.weight.clone()
+    teacher.fit_geometry(40, (2, 2))
+    teacher.fit_geometry(32, (2, 2))  # back again: from the original kernels, so nothing is lost on the way
+    assert torch.equal(teacher.encoder.embeddings.patch_embeddings.projection.weight, kernel)
     with pytest.raises(InputError, match="cannot be resampled to a 3×3 grid of a 32² image"):
         teacher.fit_geometry(32, (3, 3))
 

@@ -47,6 +47,21 @@ class DataError(InputError):
         super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
+def check_bad_rows(domain: str, entries: Sequence[dict[str, str]], num_rows: int, limit: float) -> None:
+    """Raise `InputError` if more than ``limit`` of a domain's ``num_rows`` rows, and more than one, are corrupt.
+
+    Args:
+        entries: the distinct corrupt rows, ``{domain, id, reason}``.
+    """
+    if len(entries) > max(1.0, limit * num_rows):
+        shown = "; ".join(f"{entry['id']} ({entry['reason']})" for entry in entries[:10])
+        more = f"; and {len(entries) - 10} more" if len(entries) > 10 else ""
+        raise InputError(
+            f"domain '{domain}': {len(entries)} corrupt rows among {num_rows}, more than the {limit:.1%} that may be "
+            f"skipped: {shown}{more}. Repair or remove these rows"
+        )
+
+
 class _BadRows:
     """The distinct corrupt rows that one reader has met, and the rule for stopping."""
 
@@ -74,15 +89,9 @@ class _BadRows:
         if bad <= 1:
             return
         expected = self._limit * min(self.attempted, self._ordered.num_rows)
-        if bad > max(1.0, self._limit * self._ordered.num_rows) or bad > expected + 4 * math.sqrt(expected) + 3:
-            shown = "; ".join(
-                f"{entry['id']} ({entry['reason']})" for entry in itertools.islice(self._entries.values(), 10)
-            )
-            more = f"; and {bad - 10} more" if bad > 10 else ""
-            raise InputError(
-                f"domain '{self._domain}': {bad} corrupt rows among {self._ordered.num_rows}, more than the "
-                f"{self._limit:.1%} that may be skipped: {shown}{more}. Repair or remove these rows"
-            )
+        certain = bad > expected + 4 * math.sqrt(expected) + 3
+        limit = 0.0 if certain else self._limit
+        check_bad_rows(self._domain, list(self._entries.values()), self._ordered.num_rows, limit)
 
 
 def _identity(row: dict) -> str:

@@ -270,7 +270,12 @@ class DomainReport:
         lines = [
             f"- The labels of **{self.source}** (source) are the only ones training saw; its row is measured on "
             "images held out from training. All other domains are the targets, unseen in training.",
-            f"- **{self.method}** is the student distilled before it learned the task.",
+            f"- **{self.method}** is the student "
+            + (
+                "as it was, its encoder frozen."
+                if self.method == "frozen"
+                else "distilled before it learned the task."
+            ),
             *(compared if self.baselines else []),
             "- IoU of a class = correct pixels / (pixels of the class in truth or prediction), summed over all images "
             "of the domain first. The mean is over the classes that occur; ignored pixels (255) never count.",

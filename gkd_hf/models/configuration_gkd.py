@@ -18,6 +18,7 @@ class GKDStudentConfig(PreTrainedConfig):
         decode_head: fields of the decode head: ``type`` ("linear" or "mask2former") and that head's options. Only the
             segmenter has one.
         image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
+        norm_feature_maps: give a ViT's stage maps to the decode head after the encoder's final norm (not in the paper).
         freeze_batch_norm: keep the encoder's batch norms in eval mode while training; for weights whose statistics
             were folded into the convolutions, which batch statistics would undo.
         semantic_loss_ignore_index: label that neither the loss nor the metric counts.
@@ -32,6 +33,7 @@ class GKDStudentConfig(PreTrainedConfig):
         decode_head: dict[str, Any] | None = None,
         image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN),
         image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD),
+        norm_feature_maps: bool = False,
         freeze_batch_norm: bool = False,
         semantic_loss_ignore_index: int = 255,
         **kwargs: Any,
@@ -45,6 +47,7 @@ class GKDStudentConfig(PreTrainedConfig):
         self.decode_head = dict(decode_head) if decode_head else None
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.norm_feature_maps = norm_feature_maps
         self.freeze_batch_norm = freeze_batch_norm
         self.semantic_loss_ignore_index = semantic_loss_ignore_index
         super().__init__(**kwargs)

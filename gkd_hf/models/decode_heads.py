@@ -114,9 +114,12 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
             class_labels.append(present)
             mask_labels.append((label[None] == present[:, None, None]).float())
         if not any(len(present) for present in class_labels):
-            # Nothing is labelled in this batch: no gradient, but every parameter stays in the graph.
+            # Nothing is labelled in this batch: no gradient, but every parameter stays in the graph, and the other
+            # processes, which average the number of masks once per prediction, are not left waiting.
+            for _ in classes:
+                self.criterion.get_num_masks([], labels.device)
             nothing = sum((c.sum() + m.sum()) * 0 for c, m in zip(classes, masks, strict=True))
-            return nothing, {}
+            return nothing, {name.removeprefix("loss_"): nothing.detach() for name in self.weights}
         with torch.autocast(labels.device.type, enabled=False):
             losses = self.criterion(
                 masks_queries_logits=masks[-1].float(),
@@ -162,5 +165,8 @@ def build_decode_head(
     # transformers counts the prediction from the bare queries as a decoder layer: its 10 are the paper's 9.
     # The pixel decoder adds one FPN level per halving between its three levels and the mask features' stride.
     geometry = {"feature_strides": list(strides), "common_stride": strides[0] if len(strides) > 3 else strides[-3]}
-    config = Mask2FormerConfig(num_labels=num_labels, ignore_value=ignore_index, **(geometry | options))
-    return Mask2FormerHead(config, channels, ignore_index)
+    try:
+        config = Mask2FormerConfig(num_labels=num_labels, ignore_value=ignore_index, **(geometry | options))
+        return Mask2FormerHead(config, channels, ignore_index)
+    except Exception as error:  # the strict configuration classes and the modules raise types of their own
+        raise InputError(f"bad decode_head mask2former: {' '.join(str(error).split())}") from error

@@ -84,8 +84,14 @@ class EncoderAdapter:
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
+        norm_maps: bool = False,
     ) -> EncoderOutput:
-        """Run ``model`` on B×3×H×W pixels; ``bool_masked_pos`` is B×N and only for adapters with ``native_mask``."""
+        """Run ``model`` on B×3×H×W pixels.
+
+        Args:
+            bool_masked_pos: B×N, only for adapters with ``native_mask``.
+            norm_maps: pass the stage maps through the final norm, where the architecture has one.
+        """
         raise NotImplementedError
 
     def check_image_size(self, height: int, width: int) -> None:
@@ -137,6 +143,7 @@ class _TransformerAdapter(EncoderAdapter):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
+        norm_maps: bool = False,
     ) -> EncoderOutput:
         self.check_image_size(*pixel_values.shape[-2:])
         grid = (pixel_values.shape[-2] // self.stride, pixel_values.shape[-1] // self.stride)
@@ -147,9 +154,10 @@ class _TransformerAdapter(EncoderAdapter):
         maps = ()
         if output_maps:
             # hidden_states[0] is the embedding; entry i is block i's output, before the final norm.
-            maps = tuple(
-                output.hidden_states[layer][:, 1:].transpose(1, 2).unflatten(2, grid) for layer in self.map_layers
-            )
+            states = [output.hidden_states[layer] for layer in self.map_layers]
+            if norm_maps:
+                states = [model.layernorm(state) for state in states]
+            maps = tuple(state[:, 1:].transpose(1, 2).unflatten(2, grid) for state in states)
         return EncoderOutput(tokens[:, 0], tokens[:, 1:], grid, maps)
 
 
@@ -177,6 +185,7 @@ class _ConvolutionalAdapter(EncoderAdapter):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
+        norm_maps: bool = False,
     ) -> EncoderOutput:
         if bool_masked_pos is not None:
             raise InputError(f"{self.config.model_type} has no mask token: mask the image instead")
@@ -196,6 +205,14 @@ class ResNetAdapter(_ConvolutionalAdapter):
     """ResNet with any number of stages."""
 
     model_class = ResNetModel
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        if len(config.depths) != len(config.hidden_sizes):
+            raise InputError(
+                f"resnet needs as many depths as hidden_sizes, got {list(config.depths)} and "
+                f"{list(config.hidden_sizes)}"
+            )
 
     @property
     def width(self) -> int:

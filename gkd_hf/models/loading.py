@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -58,7 +59,7 @@ def load_encoder(
                 ignore_mismatched_sizes=True,
                 **adapter.constructor,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read safetensors weights of '{source}': {_first_line(error)}") from error
     _check_coverage(source, encoder, report)
     reference = adapter.build() if not adapter.native_mask else None
@@ -96,11 +97,24 @@ def image_statistics(source: str, revision: str | None = None) -> tuple[tuple[fl
     """Return the image mean and standard deviation in the preprocessor configuration, or ImageNet's if it has none."""
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision or "main")
-    except OSError:
+    except OSError as error:
+        if os.path.isfile(os.path.join(source, "preprocessor_config.json")):
+            raise InputError(f"cannot read '{source}/preprocessor_config.json': {_first_line(error)}") from error
         settings = {}
-    mean = settings.get("image_mean", IMAGENET_DEFAULT_MEAN)
-    std = settings.get("image_std", IMAGENET_DEFAULT_STD)
-    return tuple(float(value) for value in mean), tuple(float(value) for value in std)
+    return tuple(
+        _three_numbers(source, key, settings.get(key, default))
+        for key, default in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD))
+    )
+
+
+def _three_numbers(source: str, key: str, values: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or (key == "image_std" and min(numbers) <= 0):
+        raise InputError(f"'{source}/preprocessor_config.json': {key} is {values!r}, three numbers (RGB) are needed")
+    return numbers
 
 
 def _config_of(source: str, revision: str | None) -> PreTrainedConfig:

@@ -153,7 +153,9 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
                 raise InputError(f"mask_grid is needed to mask the image of a {self.config.encoder_config.model_type}")
             pixel_values = mask_image(pixel_values, bool_masked_pos, mask_grid, self.mask_pixel)
             bool_masked_pos = None
-        output = self.adapter.forward(self.encoder, pixel_values, bool_masked_pos, output_maps)
+        output = self.adapter.forward(
+            self.encoder, pixel_values, bool_masked_pos, output_maps, self.config.norm_feature_maps
+        )
         return GKDStudentOutput(output.patches, output.cls, output.grid, output.maps if output_maps else None)
 
     def save_encoder(self, folder: str | os.PathLike) -> None:
@@ -192,11 +194,13 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         num_labels: int,
         decode_head: str | dict[str, Any] = "linear",
         id2label: dict[int, str] | None = None,
+        norm_feature_maps: bool = False,
     ) -> GKDStudentForSemanticSegmentation:
         """Put a new decode head on ``student``, which is taken over, not copied.
 
         Args:
             decode_head: "linear", "mask2former", or a mapping with ``type`` and that head's options.
+            norm_feature_maps: see `GKDStudentConfig`.
 
         Raises:
             InputError: unknown decode head or option, or too few stage maps for it.
@@ -209,6 +213,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             image_mean=student.config.image_mean,
             image_std=student.config.image_std,
             freeze_batch_norm=student.config.freeze_batch_norm,
+            norm_feature_maps=norm_feature_maps,
             id2label=names,
             label2id={name: index for index, name in names.items()},
         )

@@ -42,6 +42,9 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device.type == "cuda":
+            # One process drives one GPU: torch's DataParallel would cut batches away from their masks.
+            self._n_gpu = 1
         if self.fp16:
             raise InputError("fp16 overflows on unscaled attention logits: use bf16, or neither for fp32")
         if self.sync_batch_norm and self.device.type != "cuda":
@@ -97,12 +100,15 @@ class GKDDistillationArguments(StageArguments):
             raise InputError(f"query_warmup_steps must be ≥ 0, got {self.query_warmup_steps}")
         if self.query_warmup_steps and self.objective != "qsd":
             raise InputError("query_warmup_steps needs objective qsd: mse heads have no query branch")
+        weights = (self.token_weight, self.feature_weight, self.patch_weight)
+        if min(weights) < 0 or not any(weights):
+            raise InputError(f"token_weight, feature_weight and patch_weight must be ≥ 0 and not all 0, got {weights}")
         if self.attention_scale <= 0:
             raise InputError(f"attention_scale must be positive, got {self.attention_scale}")
         wanted, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         super().__post_init__()
         self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
-        if self.lr_scheduler_type == "cosine_with_min_lr":
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
 
 
@@ -137,6 +143,6 @@ class GKDSegmentationArguments(StageArguments):
         if not self.freeze_encoder:
             # End to end, what only distillation uses (a final norm, the mask) stays without a gradient.
             self.ddp_find_unused_parameters = True
-        if self.lr_scheduler_type == "polynomial":
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
         super().__post_init__()

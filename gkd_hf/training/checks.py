@@ -27,6 +27,9 @@ def check_output_dir(folder: Path) -> None:
 
 def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
     """Raise `InputError` if the teacher cannot give its tokens on the grid the losses are computed on."""
+    stride = student.adapter.stride
+    if image_size < 2 * stride:
+        raise InputError(f"image_size {image_size} leaves the student a single token: {2 * stride} is the least")
     grid = teacher.grid_for(image_size)
     if student.adapter.fixed_grid:
         grid = (image_size // student.adapter.stride,) * 2

@@ -97,7 +97,14 @@ class GKDDistillationTrainer(StreamTrainer):
         model = GKDDistiller(student, objective or self._new_objective(student, args))
         self._check_objective(model.objective, student)
         # Masks a batch never draws would leave their parameter without a gradient.
-        masked = int(args.mask_probability * args.per_device_train_batch_size + 1e-9) > 0 and args.mask_ratio > 0
+        wanted = args.mask_probability > 0 and args.mask_ratio > 0
+        masked = wanted and int(args.mask_probability * args.per_device_train_batch_size + 1e-9) > 0
+        if wanted and not masked:
+            logger.warning(
+                "No sample will be masked: mask_probability %g of a device batch of %d is less than one sample.",
+                args.mask_probability,
+                args.per_device_train_batch_size,
+            )
         for name, parameter in student.named_parameters():
             if name.endswith(("mask_token", "mask_pixel")):
                 parameter.requires_grad_(masked)
@@ -142,7 +149,8 @@ class GKDDistillationTrainer(StreamTrainer):
     def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> EncoderOutput:
         """Return the teacher's tokens of the student's pixels B×3×H×W on an h×w grid."""
         self.teacher.fit_geometry(pixel_values.shape[-1], grid)
-        return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
+        with self.accelerator.autocast():
+            return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
 
     def compute_loss(
         self,
@@ -173,7 +181,8 @@ class GKDDistillationTrainer(StreamTrainer):
         step = self.state.global_step
         if step < self.args.query_warmup_steps:
             self.objective.set_query_enabled(False)
-        elif step == self.args.query_warmup_steps and not self.objective.patch.query_enabled:
+        elif step == self.args.query_warmup_steps:
+            # Also after a restart at this very step; repeating it within the step's micro batches changes nothing.
             self.objective.start_query_from_value()
         else:
             self.objective.set_query_enabled(True)

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class Pipeline:
         self.recipe = recipe
         # Without an accelerator, Accelerate joins launched processes (by gloo) only if it is told to use the CPU.
         self.use_cpu = not torch.accelerator.is_available()
-        self.state = PartialState(cpu=self.use_cpu)
+        # Only the main process downloads and checks, the others wait.
+        self.state = PartialState(cpu=self.use_cpu, timeout=timedelta(hours=6))
         self.output_dir = Path(recipe.output_dir)
         self.data = RecipeData(recipe)
         self.folders = self._folders()
@@ -122,12 +124,15 @@ class Pipeline:
             self._device_batch(name, stage)
             train_steps(self.data, name, stage)
             try:
+                self._stage_arguments(name, stage)
                 student = student or new_student(self.recipe)
                 student.set_geometry(stage.image_size, stage.patch_size)
                 if isinstance(stage, DistillationRecipe):
                     teacher = teacher or self._teacher()
                     check_grids(student, teacher, stage.image_size)
                 else:
+                    for baseline in self.recipe.baselines:
+                        self._stage_arguments(baseline, stage)
                     self._new_segmenter(student, stage)
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
@@ -148,7 +153,8 @@ class Pipeline:
                 settings |= {"stages": {name: own}}
             settings |= {"stage_before": before}
             folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
-            before = name
+            # What follows hangs on all that went before: a stage run again makes the later ones out of date.
+            before = f"{name}, settings {folders[name].digest}"
         return folders
 
     def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
@@ -172,15 +178,7 @@ class Pipeline:
             return
         set_seed(self.recipe.seed)
         student = self._student_after(previous, stage)
-        arguments = self._arguments(
-            GKDDistillationArguments,
-            folder,
-            name,
-            stage,
-            learning_rate=stage.learning_rate,
-            objective=OBJECTIVES[self.recipe.method],
-            **{key: getattr(stage, key) for key in DISTILLATION_SETTINGS},
-        )
+        arguments = self._stage_arguments(name, stage)
         transform = DistillationTransform(
             stage.image_size,
             student.config.image_mean,
@@ -210,21 +208,7 @@ class Pipeline:
             model = self._new_segmenter(self._student_after(previous, stage), stage)
         else:
             model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
-        frozen = not baseline
-        learning_rate = stage.baseline_learning_rate if baseline else None
-        arguments = self._arguments(
-            GKDSegmentationArguments,
-            folder,
-            "task",
-            stage,
-            learning_rate=learning_rate or stage.learning_rate,
-            freeze_encoder=frozen,
-            encoder_learning_rate=None if frozen else stage.baseline_encoder_learning_rate,
-            window=stage.window,
-            stride=stage.stride,
-            window_batch_size=stage.window_batch_size,
-            per_device_eval_batch_size=stage.window_batch_size,
-        )
+        arguments = self._stage_arguments(name, stage)
         mean, std = model.config.image_mean, model.config.image_std
         size = stage.image_size
         transform = SegmentationTransform(
@@ -287,7 +271,11 @@ class Pipeline:
     def _new_segmenter(self, student: GKDStudentModel, stage: TaskRecipe) -> GKDStudentForSemanticSegmentation:
         classes = self.data.label_space.classes
         return GKDStudentForSemanticSegmentation.from_student(
-            student, num_labels=len(classes), id2label=dict(enumerate(classes)), decode_head=stage.decode_head
+            student,
+            num_labels=len(classes),
+            id2label=dict(enumerate(classes)),
+            decode_head=stage.decode_head,
+            norm_feature_maps=stage.norm_feature_maps,
         )
 
     def _device_batch(self, name: str, stage: StageRecipe) -> int:
@@ -299,10 +287,40 @@ class Pipeline:
             )
         return stage.batch_size // share
 
-    def _arguments(self, kind: type, folder: StageFolder, name: str, stage: StageRecipe, **settings: Any) -> Any:
+    def _stage_arguments(self, name: str, stage: StageRecipe) -> GKDDistillationArguments | GKDSegmentationArguments:
+        """The trainer's arguments of a stage or baseline; raises `InputError` for values that do not go together."""
+        if isinstance(stage, DistillationRecipe):
+            settings = {key: getattr(stage, key) for key in DISTILLATION_SETTINGS}
+            if self.recipe.method != "gkd":
+                settings["query_warmup_steps"] = 0  # the other heads have no query branch to warm up
+            objective = OBJECTIVES[self.recipe.method]
+            return self._arguments(
+                GKDDistillationArguments,
+                name,
+                stage,
+                learning_rate=stage.learning_rate,
+                objective=objective,
+                **settings,
+            )
+        frozen = name == "task"
+        learning_rate = None if frozen else stage.baseline_learning_rate
+        return self._arguments(
+            GKDSegmentationArguments,
+            name,
+            stage,
+            learning_rate=learning_rate or stage.learning_rate,
+            freeze_encoder=frozen,
+            encoder_learning_rate=None if frozen else stage.baseline_encoder_learning_rate,
+            window=stage.window,
+            stride=stage.stride,
+            window_batch_size=stage.window_batch_size,
+            per_device_eval_batch_size=stage.window_batch_size,
+        )
+
+    def _arguments(self, kind: type, name: str, stage: StageRecipe, **settings: Any) -> Any:
         bf16 = stage.precision == "bf16" or (stage.precision == "auto" and torch.cuda.is_available())
         return kind(
-            output_dir=str(folder.path),
+            output_dir=str(self.folders[name].path),
             max_steps=train_steps(self.data, name, stage),
             per_device_train_batch_size=self._device_batch(name, stage),
             dataloader_num_workers=stage.workers,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, default_data_collator
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
+from gkd_hf.data.streaming import EvaluationSet, SampleStream, check_bad_rows, collate, collate_evaluation
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
 from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
@@ -119,7 +119,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         return metrics
 
     def evaluate_domains(
-        self, eval_dataset: dict[str, EvaluationSet] | None = None, examples: int = 2
+        self, eval_dataset: dict[str, EvaluationSet] | None = None, examples: int = 1
     ) -> dict[str, DomainResult]:
         """Segment every image of every domain at its test size by sliding windows; count against the native labels.
 
@@ -169,16 +169,19 @@ class GKDSegmentationTrainer(StreamTrainer):
         bar.close()
         counts = self.accelerator.reduce(counts, reduction="sum")
         shares = gather_object([(seen, kept, skipped)])
+        seen, skipped = sum(share[0] for share in shares), [row for share in shares for row in share[2]]
+        check_bad_rows(name, skipped, seen + len(skipped), images.bad_row_limit)
         return DomainResult(
             domain=images.domain,
             confusion=counts.cpu(),
-            images=sum(share[0] for share in shares),
-            skipped=[row for share in shares for row in share[2]],
+            images=seen,
+            skipped=skipped,
             examples=[example for share in shares for example in share[1]][:examples],
         )
 
     def _window_scores(self, model: GKDStudentForSemanticSegmentation, pixels: torch.Tensor) -> torch.Tensor:
-        with self.compute_loss_context_manager():
+        # The precision of the training, whether the model has just been trained or was loaded for this.
+        with self.accelerator.autocast():
             return sliding_window_logits(
                 lambda crops: model(pixel_values=crops).logits,
                 pixels,

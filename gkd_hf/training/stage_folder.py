@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +40,10 @@ class StageFolder:
         record = path / "settings.json"
         if not record.is_file():
             return
-        begun = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            begun = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{record} is broken: remove {path} to run the stage again") from error
         wanted = json.loads(json.dumps(self.settings))
         for key in sorted({*begun, *wanted}):
             if begun.get(key) != wanted.get(key):
@@ -47,6 +51,11 @@ class StageFolder:
                     f"{path} was begun with {key} = {begun.get(key)!r}, the recipe now says {wanted.get(key)!r}: "
                     "choose another output_dir, or remove that folder to run the stage again"
                 )
+
+    @property
+    def digest(self) -> str:
+        """A short name of the settings, for the stage that follows."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def finished(self) -> bool:

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from gkd_hf.data.streaming import SampleStream
+from gkd_hf.data.streaming import SampleStream, check_bad_rows
 from gkd_hf.errors import InputError
 from gkd_hf.training.arguments import StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
@@ -130,12 +130,19 @@ class StreamTrainer(Trainer):
         )
 
     def note_bad_rows(self, rows: list[dict[str, str]]) -> None:
-        """Write rows that could not be read to the output folder at once, where a killed run finds them again."""
+        """Write rows that could not be read to the output folder at once, where a killed run finds them again.
+
+        Raises:
+            InputError: they are too many, counted over all processes, workers and restarts.
+        """
         if rows:
             path = Path(self.args.output_dir) / f"bad_rows.{self.args.process_index}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+            stream = self.train_dataset
+            if isinstance(stream, SampleStream) and stream.num_rows:
+                check_bad_rows(stream.domain, self.bad_rows, stream.num_rows, stream.bad_row_limit)
 
     @property
     def bad_rows(self) -> list[dict[str, str]]:
@@ -166,7 +173,7 @@ class StreamTrainer(Trainer):
         if checkpoint is None and self.is_world_process_zero():
             for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
                 path.unlink()
-        if checkpoint and self._start_step >= self.args.max_steps:
+        if checkpoint and 0 < self.args.max_steps <= self._start_step:
             # Killed between its last checkpoint and the end: Trainer would train one more step.
             self._load_from_checkpoint(checkpoint)
             self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))

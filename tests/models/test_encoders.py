@@ -99,6 +99,14 @@ def test_stage_maps_are_before_the_final_norm() -> None:
     torch.testing.assert_close(student.encoder.layernorm(last), output.last_hidden_state)
 
 
+def test_stage_maps_can_pass_the_final_norm() -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS["vit"]).eval()
+    student.config.norm_feature_maps = True
+    output = student(torch.randn(1, 3, 32, 32), output_maps=True)
+    last = output.feature_maps[-1].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(last, output.last_hidden_state)
+
+
 def test_image_mask_uses_the_learned_pixel() -> None:
     pixel = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     mask = torch.tensor([[True, False, False, False]])
@@ -185,6 +193,7 @@ def test_frozen_running_statistics_forget_the_batch() -> None:
             "no configuration field 'hidden_size', did you mean 'hidden_sizes'",
         ),
         ({"model_type": "resnet", "layer_type": "wide"}, "bad resnet configuration"),
+        ({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8]}, "as many depths as hidden_sizes"),
         ("/nowhere/at/all", "that folder does not exist"),
     ],
 )
@@ -210,6 +219,30 @@ def test_pickled_weights_are_refused(tmp_path) -> None:
     encoder.config.save_pretrained(tmp_path)
     torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot read safetensors weights"):
+        load_encoder(tmp_path)
+
+
+def test_truncated_weights_are_refused(tmp_path) -> None:
+    load_encoder(ENCODERS["resnet"])[0].save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot read safetensors weights"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"image_mean": null}', "image_mean is None, three numbers"),
+        ('{"image_std": 0.5}', "image_std is 0.5, three numbers"),
+        ('{"image_std": [0, 1, 1]}', "image_std is .*three numbers"),
+        ("{", "cannot read .*preprocessor_config.json"),
+    ],
+)
+def test_broken_image_statistics_are_refused(content: str, message: str, tmp_path) -> None:
+    load_encoder(ENCODERS["resnet"])[0].save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
         load_encoder(tmp_path)
 
 

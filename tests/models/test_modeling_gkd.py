@@ -186,6 +186,8 @@ print("RESULT" + json.dumps([tokens.double().sum().item(), segmenter(pixels).log
         ({"type": "linaer"}, (8, 8, 8), "unknown decode_head 'linaer', did you mean 'linear'"),
         ({"type": "linear", "width": 3}, (8, 8, 8), "linear has no options, got width"),
         ({"type": "mask2former", "num_querys": 3}, (8, 8, 8), "no option 'num_querys', did you mean 'num_queries'"),
+        ({"type": "mask2former", "hidden_dim": "wide"}, (8, 8, 8), "bad decode_head mask2former: .*hidden_dim"),
+        ({"type": "mask2former", "num_attention_heads": 7}, (8, 8, 8), "bad decode_head mask2former: .*divisible"),
         ({"type": "mask2former"}, (8, 8), "needs three stage maps or more, the encoder has 2"),
     ],
 )

@@ -173,8 +173,7 @@ def test_distillation_defaults_are_the_papers(tmp_path: Path) -> None:
     assert rates == pytest.approx([2e-3, 1.7085e-3, 1.005e-3, 3.0151e-4, 1e-5], rel=1e-3)
 
 
-@pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("kill", [3, 5])
+@pytest.mark.parametrize("warmup, kill", [(0, 3), (3, 5), (2, 3), (4, 5)])  # checkpoints are at 2 and 4
 def test_distillation_resumes_bit_equal(warmup: int, kill: int, tmp_path: Path) -> None:
     whole = distillation_trainer(tmp_path / "whole", query_warmup_steps=warmup)
     whole.train()
@@ -186,6 +185,25 @@ def test_distillation_resumes_bit_equal(warmup: int, kill: int, tmp_path: Path) 
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
     assert_equal(weights(again), weights(whole))
+
+
+def test_epochs_of_an_ordinary_data_set_resume(tmp_path: Path) -> None:
+    def make() -> GKDDistillationTrainer:
+        set_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        data = [{"pixel_values": torch.randn(3, SIZE, SIZE, generator=generator)} for _ in range(8)]
+        args = arguments(GKDDistillationArguments, tmp_path, max_steps=-1, num_train_epochs=3, mask_probability=0)
+        return GKDDistillationTrainer(
+            GKDStudentModel.from_encoder(ENCODERS["vit"]), GKDTeacher(ENCODERS["dinov2"]), args, data
+        )
+
+    broken = make()
+    broken.add_callback(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
 
 
 def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(tmp_path: Path) -> None:
@@ -338,6 +356,7 @@ def test_broken_weights_are_never_saved(tmp_path: Path) -> None:
         ({"query_warmup_steps": -1}, "query_warmup_steps must be ≥ 0"),
         ({"query_warmup_steps": 5, "objective": "mse"}, "needs objective qsd"),
         ({"attention_scale": 0}, "attention_scale must be positive"),
+        ({"token_weight": 0, "feature_weight": 0, "patch_weight": 0}, "must be ≥ 0 and not all 0"),
         ({"sync_batch_norm": True}, "sync_batch_norm needs CUDA"),
         ({"fp16": True}, "fp16 overflows"),
     ],
@@ -360,6 +379,20 @@ def test_segmentation_trains_the_head_alone(tmp_path: Path) -> None:
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in trainer.model.decode_head.parameters()}
     assert "loss_cross_entropy" in trainer.state.log_history[0]
+
+
+def test_accumulation_of_the_task_is_exact(tmp_path: Path) -> None:
+    def run(folder: Path, micro: int, accumulation: int) -> dict[str, torch.Tensor]:
+        trainer = segmentation_trainer(
+            folder, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, save_strategy="no"
+        )
+        trainer.model.decode_head.norm = torch.nn.Identity()  # batch statistics hang on the micro batch
+        trainer.train()
+        return weights(trainer)
+
+    expected = run(tmp_path / "one", 8, 1)
+    for name, tensor in run(tmp_path / "two", 4, 2).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_segmentation_resumes_bit_equal(tmp_path: Path) -> None:
@@ -407,6 +440,22 @@ def test_evaluation_counts_every_pixel_at_native_size(tmp_path: Path) -> None:
     assert result.confusion.diagonal().sum() == correct
     metrics = trainer.evaluate()
     assert metrics["eval_toy_city:night_miou"] == metrics["eval_mean_miou"] == pytest.approx(result.mean_iou)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_too_many_corrupt_images_stop_the_evaluation_whatever_the_workers(workers: int, tmp_path: Path) -> None:
+    import datasets
+
+    rows = list(toy_city("night", 40, size=SIZE, seed=0))
+    cells = {key: [{"bytes": row[key]["bytes"], "path": None} for row in rows] for key in ("image", "label")}
+    for index in (3, 8, 13, 22):  # one for each of four workers
+        cells["image"][index]["bytes"] = b"no image"
+    data = datasets.Dataset.from_dict({**cells, "id": [f"row{i}" for i in range(40)]})
+    images = evaluation_set()
+    images.rows = data.to_iterable_dataset()
+    trainer = segmentation_trainer(tmp_path, dataloader_num_workers=workers)
+    with pytest.raises(InputError, match="domain 'toy_city:night': [234] corrupt rows among 40"):
+        trainer.evaluate_domains({"toy_city:night": images})
 
 
 def test_corrupt_rows_are_listed_once(tmp_path: Path) -> None:
