@@ -18,7 +18,7 @@ class GKDStudentConfig(PreTrainedConfig):
         decode_head: fields of the decode head: ``type`` ("linear" or "mask2former") and that head's options. Only the
             segmenter has one.
         image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
-        norm_feature_maps: give a ViT's stage maps to the decode head after the encoder's final norm (not in the paper).
+        norm_feature_maps: give a ViT's stage maps to the decode head after its final norm (not so in the paper).
         freeze_batch_norm: keep the encoder's batch norms in eval mode while training; for weights whose statistics
             were folded into the convolutions, which batch statistics would undo.
         semantic_loss_ignore_index: label that neither the loss nor the metric counts.
