@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cli.test_kill_and_resume import STAGES, write_recipe
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -23,21 +25,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1) -> Path:
-    out.mkdir(parents=True)
+def run_launched(script: str, *arguments: object, processes: int) -> str:
     # --cpu --num_processes 2 silently runs one process; --multi_gpu starts two, which find no GPU and take gloo.
     several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
     command = [*LAUNCH, *several, "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", str(ROOT / "tests/distributed/run_stage.py")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(
-        [*command, stage, str(out), str(processes), str(micro), str(accumulation)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
+    command += ["--dynamo_backend", "no", str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout
+
+
+def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1) -> Path:
+    out.mkdir(parents=True)
+    script = "tests/distributed/run_stage.py"
+    run_launched(script, stage, out, processes, micro, accumulation, processes=processes)
     return out
 
 
@@ -69,3 +71,24 @@ def test_two_processes_equal_one(stage: str, tmp_path: Path) -> None:
         assert results[0]["images"] == single["images"] == 5
         total = torch.tensor(results[0]["confusion"]).sum()
         assert total == torch.tensor(single["confusion"]).sum()
+
+
+def test_a_recipe_runs_on_two_processes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    steps = [f"stages.{stage}.max_steps=4" for stage in STAGES] + ["stages.task_agnostic.query_warmup_steps=2"]
+    output = run_launched("scripts/run_gkd.py", recipe, *steps, f"output_dir={tmp_path / 'out'}", processes=2)
+    assert output.count("mIoU in percent") == 1  # one process speaks
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["targets"]["toy_city:night"]["images"] == 4
+    for stage in STAGES:
+        arguments = torch.load(tmp_path / f"out/stages/{stage}/checkpoint-4/training_args.bin", weights_only=False)
+        assert (arguments.world_size, arguments.per_device_train_batch_size) == (2, 2)
+        assert (tmp_path / f"out/stages/{stage}/checkpoint-4/rng_state_1.pth").exists()
+
+
+def test_a_process_without_labels_does_not_stop_the_others(tmp_path: Path) -> None:
+    """Mask2Former's loss averages its number of masks over processes; one of them may see ignored pixels alone."""
+    run_launched("tests/distributed/run_void_rank.py", tmp_path / "gradients.safetensors", processes=2)
+    gradients = load_file(tmp_path / "gradients.safetensors")
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
