@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
@@ -16,14 +18,29 @@ MAX_PIXELS = 178_956_970
 """Images with more pixels are refused as decompression bombs (Pillow's own limit for an error)."""
 
 _EXIF_ORIENTATION = 0x0112
+# What a PNG's orientation can be kept in. Pillow decodes every pixel to find it, as it may come after them.
+_PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+_WARNING_FILTERS = threading.Lock()  # they belong to the whole process
 
 
 class CorruptImage(Exception):
     """The bytes of one cell are not a readable image; the row is skipped, counted and reported."""
 
 
-def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
-    """Decode a cell (``{"bytes", "path"}`` or bytes) completely; raises ``CorruptImage`` with the reason."""
+@contextmanager
+def _damage_is_corrupt(data: bytes, column: str) -> Iterator[None]:
+    """Turn what Pillow raises on ``data`` into ``CorruptImage`` with the reason."""
+    try:
+        yield
+    except (CorruptImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged bytes
+        reason = str(error) if str(error) and "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
+        raise CorruptImage(f"{column}: {reason}") from error
+
+
+def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
+    """Open a cell (``{"bytes", "path"}`` or bytes) without decoding its pixels; return it with its bytes."""
     if cell is None:
         raise CorruptImage(f"empty {column} cell")
     data, path = (cell, None) if isinstance(cell, bytes) else (cell.get("bytes"), cell.get("path"))
@@ -35,20 +52,36 @@ def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
             raise CorruptImage(f"{column} file cannot be read: {error}") from error
     if not data:
         raise CorruptImage(f"{column} has zero bytes")
-    try:
-        # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            image = PIL.Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise CorruptImage(f"{column} of {image.width}×{image.height} pixels is a decompression bomb")
+    # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
+    with _damage_is_corrupt(data, column), _WARNING_FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        image = PIL.Image.open(io.BytesIO(data))
+    if image.width * image.height > MAX_PIXELS:
+        raise CorruptImage(f"{column} of {image.width}×{image.height} pixels is a decompression bomb")
+    return image, data
+
+
+def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
+    """Decode a cell completely; raises ``CorruptImage`` with the reason."""
+    image, data = _header(cell, column)
+    with _damage_is_corrupt(data, column):
         image.load()
-    except (CorruptImage, MemoryError):
-        raise
-    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged bytes
-        reason = str(error) if str(error) and "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
-        raise CorruptImage(f"{column}: {reason}") from error
     return image
+
+
+def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
+    """Return (width, height) of the upright image in a cell, as ``decode_image`` gives it, without its pixels.
+
+    Only a TIFF is decoded. Raises ``CorruptImage`` for bytes that are no image; damage behind the header is not noticed.
+    """
+    image, data = _header(cell, "image")
+    if image.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTATION_MARKS):
+        return image.size
+    if image.format == "TIFF":  # Pillow turns it while decoding, and already says the turned size or not by version
+        return decode_image(cell, "").size
+    with _damage_is_corrupt(data, "image"):
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
 
 
 def decode_image(cell: Mapping | bytes | None, where: str) -> PIL.Image.Image:

@@ -126,7 +126,8 @@ def label_map(name_or_mapping: str | Mapping[int, int], num_classes: int) -> Lab
     """Return the map called by name (``LABEL_MAPS``) or given as ``{stored id: train id}``.
 
     Stored id 255 is "ignore" in every map unless the mapping says otherwise. Raises ``InputError`` for an unknown
-    name, a stored id outside 0..65535, or a train id that is neither in 0..``num_classes``-1 nor 255.
+    name, for what is neither name nor mapping, for a stored id outside 0..65535, and for a train id that is neither in
+    0..``num_classes``-1 nor 255.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise InputError(f"{num_classes} classes: between 1 and {MAX_CLASSES} are possible")
@@ -139,8 +140,13 @@ def label_map(name_or_mapping: str | Mapping[int, int], num_classes: int) -> Lab
         else:
             hint = nearest(name, LABEL_MAPS) or f": known are {', '.join(LABEL_MAPS)}"
             raise InputError(f"unknown label map '{name}'{hint} (or give a mapping of stored ids to train ids)")
-    else:
+    elif isinstance(name_or_mapping, Mapping):
         name, ids = "of the recipe", name_or_mapping
+    else:
+        raise InputError(
+            f"a label map is a name ({', '.join(LABEL_MAPS)}) or a mapping of stored ids to train ids, such as "
+            f"{{7: 0, 8: 1}}, not {'null' if name_or_mapping is None else repr(name_or_mapping)}"
+        )
     return _from_ids(name, {IGNORE_INDEX: IGNORE_INDEX} | dict(ids), num_classes)
 
 

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from gkd_hf.data import decoding
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
+from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.errors import InputError
 
 from .samples import encode
@@ -55,6 +55,25 @@ def test_exif_orientation_is_applied():
     upright = decode_image(cell(encode(image, exif=exif)), "w")
     assert upright.size == (6, 8)
     assert np.array_equal(np.asarray(upright)[..., 0], np.rot90(RAMP, -1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_size_in_the_header_is_that_of_the_decoded_image(kind: str, orientation: int | None):
+    image = PIL.Image.fromarray(np.repeat(RAMP[..., None], 3, axis=-1))
+    exif = PIL.Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = cell(encode(image, kind, exif=exif))
+    assert image_size(data) == decode_image(data, "w").size
+
+
+def test_size_is_read_without_the_pixels():
+    whole = encode(np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8))
+    assert image_size(cell(whole[: len(whole) // 2])) == (48, 64)
+    for data in (None, cell(b""), cell(b"a text"), cell(None, "/nowhere/x.png")):
+        with pytest.raises(CorruptImage):
+            image_size(data)
 
 
 def test_damaged_bytes_are_corrupt(monkeypatch):

@@ -71,3 +71,6 @@ def test_wrong_maps_are_refused():
         label_map({3: 2}, 2)
     with pytest.raises(InputError, match="stored id 'road'"):
         label_map({"road": 0}, 2)
+    for given, shown in ((5, "5"), (None, "null"), ([0, 1], r"\[0, 1\]")):
+        with pytest.raises(InputError, match=f"a label map is a name .* or a mapping .* not {shown}"):
+            label_map(given, 2)
