@@ -38,12 +38,12 @@ def open_rows(
     bytes, no rows, and a Hub data set that cannot be opened.
     """
     location = os.fspath(location)
-    if _is_hub_id(location):
+    if is_hub_id(location):
         rows, present = _open_hub(location, split, revision)
         wanted = _wanted_columns(present, columns, f"{location}, split '{split}'")
         rows = rows.select_columns(wanted)
     else:
-        shards = _find_shards(location, split)
+        shards = find_shards(location, split)
         present, num_rows = _inspect(shards, columns)
         if num_rows == 0:
             raise InputError(f"no rows in split '{split}' of {location}: its {len(shards)} shard(s) are all empty")
@@ -64,8 +64,8 @@ def open_rows(
 def count_rows(location: str | os.PathLike, split: str, *, revision: str | None = None) -> int | None:
     """Return the number of rows from the shards' metadata or the Hub's split information; ``None`` if unknown."""
     location = os.fspath(location)
-    if not _is_hub_id(location):
-        return sum(_metadata(shard).num_rows for shard in _find_shards(location, split))
+    if not is_hub_id(location):
+        return sum(_metadata(shard).num_rows for shard in find_shards(location, split))
     try:
         splits = datasets.load_dataset_builder(location, revision=revision).info.splits
     except Exception as error:
@@ -73,11 +73,13 @@ def count_rows(location: str | os.PathLike, split: str, *, revision: str | None 
     return splits[split].num_examples or None if splits and split in splits else None
 
 
-def _is_hub_id(location: str) -> bool:
+def is_hub_id(location: str) -> bool:
+    """Whether ``location`` is read as a Hub id ``org/name``: it looks like one, and no such path exists here."""
     return not os.path.exists(location) and _HUB_ID.fullmatch(location) is not None and location[0] != "."
 
 
-def _find_shards(location: str, split: str) -> list[str]:
+def find_shards(location: str, split: str) -> list[str]:
+    """Return the paths of a folder's shards of one split, sorted; raises ``InputError`` if there are none."""
     folder = Path(location)
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "does not exist"

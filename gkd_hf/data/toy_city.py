@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from gkd_hf.data.toy_city_photometry import develop, take
 from gkd_hf.data.toy_city_scene import Scene
-from gkd_hf.data.toy_city_styles import PRESETS, Geometry, Palette, Style
+from gkd_hf.data.toy_city_styles import PRESETS, SOURCE_STYLE, Geometry, Palette, Style
 from gkd_hf.data.toy_city_surfaces import CLASSES, PARTS
 from gkd_hf.errors import InputError, nearest
 
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 STYLES: dict[str, Style] = dict(PRESETS)
-SOURCE_STYLE = "clear_day"
 TARGET_STYLES = ("night", "fog", "rain", "snow", "other_city")
 WORLD_VERSION = 1  # raised whenever the same seed would give another picture
 

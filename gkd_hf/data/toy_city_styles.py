@@ -12,6 +12,9 @@ import numpy as np
 
 from gkd_hf.errors import InputError
 
+SOURCE_STYLE = "clear_day"
+"""The style that labels are used of: ``toy_city`` without a style."""
+
 Range = tuple[float, float]
 Colour = tuple[float, float, float]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from gkd_hf.data.shards import count_rows
+from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
 from gkd_hf.errors import InputError
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
@@ -23,9 +23,7 @@ from gkd_hf.models.loading import config_from_mapping
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
-from gkd_hf.training.recipe_data import is_toy_city, task_label_space, toy_city_images
-
-TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
+from gkd_hf.training.recipe_data import TOY_TEACHER, is_toy_city, task_label_space, train_images
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
@@ -151,7 +149,7 @@ def _encoder_lines(role: str, encoder: PlannedEncoder, note: str = "") -> list[s
 def _stage_lines(
     recipe: Recipe, name: str, stage: StageRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
 ) -> list[str]:
-    images = _train_images(recipe, stage.data)
+    images = train_images(recipe, stage.data, ask_hub=False)
     steps = stage.steps(images)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = stage.gradient_accumulation_steps
@@ -235,19 +233,6 @@ def _task_parameters(recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder)
     )
 
 
-def _train_images(recipe: Recipe, name: str) -> int | None:
-    if is_toy_city(name):
-        return toy_city_images(recipe, name, "train")
-    entry, root = recipe_domain(name), os.path.expanduser(recipe.data.roots.get(name, ""))
-    if root and not _may_be_hub_id(root):
-        return count_rows(root, entry.split("train"))
-    return entry.train_images
-
-
-def _may_be_hub_id(name: str) -> bool:
-    return not os.path.exists(name) and not name.startswith((".", "/")) and name.count("/") == 1
-
-
 def _evaluation_lines(recipe: Recipe) -> list[str]:
     stage = recipe.stages.task
     if stage is None:
@@ -288,7 +273,7 @@ def _download_lines(recipe: Recipe, student: PlannedEncoder, teacher: PlannedEnc
     wanted += [
         f"  {root}: data set of {name}, streamed"
         for name, root in recipe.data.roots.items()
-        if _may_be_hub_id(os.path.expanduser(root))
+        if is_hub_id(os.path.expanduser(root))
     ]
     return ["downloads (unless in the Hub cache):", *wanted] if wanted else ["downloads: nothing"]
 

@@ -1,6 +1,6 @@
 """The recipe of a run: a YAML file and `key.sub=value` overrides, checked against the keys and types below.
 
-Nothing heavy is imported here, so that a mistake in a recipe is answered at once.
+Nothing heavy is imported here beyond the package itself, so that a mistake in a recipe is answered at once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from gkd_hf.data.domains import Domain, domain
+from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.models.configuration_gkd import DECODE_HEADS
+from gkd_hf.teacher import GEOMETRIES
 
 METHODS = ("gkd", "mse")
 BASELINES = ("none",)
-GEOMETRIES = ("native", "resample_patch_embed")
 PRECISIONS = ("auto", "fp32", "bf16")
-DECODE_HEADS = ("linear", "mask2former")
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 @dataclass
@@ -94,6 +96,7 @@ class TaskRecipe(StageRecipe):
 
     learning_rate: float | None = 1e-4
     decode_head: Any = "mask2former"  # or a mapping with `type` and the options of that head
+    norm_feature_maps: bool = False  # stage maps of a ViT after its final norm; the paper takes them before it
     short_sides: list[int] | None = None  # None: 0.5, 0.6, …, 2.0 times image_size, as the paper's 256 … 1024
     max_class_fraction: float = 0.75
     photometric: bool = True
@@ -176,10 +179,16 @@ class Recipe:
 
 def recipe_domain(name: str) -> Domain:
     """`domain(name)`, and `custom:anything` for several data sets of the user's own."""
+    name = canonical_name(name)
     base, _, own_name = name.partition(":")
     if base == "custom" and own_name:
         return dataclasses.replace(domain(base), name=name)
     return domain(name)
+
+
+def canonical_name(name: str) -> str:
+    """The one name of a domain: `toy_city:clear_day` is `toy_city`, whose style that is."""
+    return "toy_city" if name == f"toy_city:{SOURCE_STYLE}" else name
 
 
 def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -> Recipe:
@@ -212,8 +221,17 @@ def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}: {_first_line(error)}") from error
+    _use_canonical_names(recipe)
     _check(recipe, origin)
     return recipe
+
+
+def _use_canonical_names(recipe: Recipe) -> None:
+    for _, stage in recipe.stages:
+        stage.data = canonical_name(stage.data)
+    recipe.evaluate = [canonical_name(name) for name in recipe.evaluate]
+    recipe.data.roots = {canonical_name(name): root for name, root in recipe.data.roots.items()}
+    recipe.data.label_maps = {canonical_name(name): given for name, given in recipe.data.label_maps.items()}
 
 
 def _read(path: Path) -> DictConfig:
@@ -297,7 +315,11 @@ def _check(recipe: Recipe, origin: str) -> None:
     one_of("method", recipe.method, METHODS)
     for name in recipe.baselines:
         one_of("baselines", name, BASELINES)
-    for key, names in (("evaluate", recipe.evaluate), ("baselines", recipe.baselines)):
+    for key, names in (
+        ("evaluate", recipe.evaluate),
+        ("baselines", recipe.baselines),
+        ("data.classes", recipe.data.classes),
+    ):
         if len(set(names)) < len(names):
             raise InputError(f"{origin}: {key} names the same entry twice: {', '.join(names)}")
     for key, names in (
@@ -321,8 +343,8 @@ def _check(recipe: Recipe, origin: str) -> None:
     for name, stage in stages.items():
         _check_stage(f"stages.{name}", stage, origin, one_of, known_domain)
     _check_numbers("data.toy_city", recipe.data.toy_city, origin)
-    if recipe.seed < 0:
-        raise InputError(f"{origin}: seed is {recipe.seed}: it must be 0 or more")
+    if not 0 <= recipe.seed <= MAX_SEED:
+        raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
 
 
 def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_domain: Any) -> None:
@@ -345,6 +367,9 @@ def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_d
     if isinstance(stage, TaskRecipe):
         head = stage.decode_head
         one_of(f"{key}.decode_head", head.get("type") if isinstance(head, Mapping) else head, DECODE_HEADS)
+        sides = stage.short_sides
+        if sides is not None and (not sides or min(sides) < 1):
+            raise InputError(f"{origin}: {key}.short_sides is {sides}: give lengths of 1 pixel or more, or null")
 
 
 _AT_LEAST_ZERO = {

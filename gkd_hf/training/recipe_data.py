@@ -9,15 +9,16 @@ from pathlib import Path
 
 import datasets
 
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
 from gkd_hf.data.domains import Domain, LabelSpace, label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
-from gkd_hf.data.shards import count_rows, open_rows
-from gkd_hf.data.toy_city import SOURCE_STYLE, STYLES, write_shards
+from gkd_hf.data.shards import count_rows, is_hub_id, open_rows
+from gkd_hf.data.toy_city import STYLES, write_shards
+from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
 from gkd_hf.training.recipe import Recipe, recipe_domain
 
-ROWS_LOOKED_AT = 4
+TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
 POOL_STYLE = "pool"
 
 
@@ -80,17 +81,20 @@ class RecipeData:
         """Folder or Hub id of a domain."""
         if is_toy_city(name):
             return str(Path(self.recipe.output_dir) / "data" / f"toy_city_{toy_city_style(name)}")
-        if name not in self.recipe.data.roots:
+        root = data_root(self.recipe, name)
+        if root is None:
             raise InputError(
                 f"the recipe uses domain '{name}' but does not say where it is: add data.roots.{name}=FOLDER_OR_HUB_ID"
             )
-        root = self.recipe.data.roots[name]
-        return os.path.expanduser(root)
+        return root
 
     def label_map(self, name: str) -> LabelMap:
         """The map from a domain's stored ids to the train ids of the label space."""
         given = self.recipe.data.label_maps.get(name, recipe_domain(name).label_map)
-        return label_map(given, len(self.label_space.classes))
+        try:
+            return label_map(given, len(self.label_space.classes))
+        except InputError as error:
+            raise InputError(f"data.label_maps.{name}: {error}") from error
 
     def rows(self, use: DataUse) -> datasets.IterableDataset:
         """The undecoded rows of a split."""
@@ -99,9 +103,8 @@ class RecipeData:
         )
 
     def train_images(self, name: str) -> int | None:
-        """Number of training images: counted, or as published where that costs a download."""
-        use = DataUse(name, "train", False)
-        return count_rows(self.location(name), use.split) or recipe_domain(name).train_images
+        """`train_images` of a domain of the recipe."""
+        return train_images(self.recipe, name)
 
     def render_toy_city(self, progress: bool) -> None:
         """Write the toy-city domains in use as shards under output_dir/data; what is there already stays."""
@@ -120,37 +123,53 @@ class RecipeData:
                 )
 
     def check_rows(self) -> None:
-        """Open every split in use and try its first rows, so that wrong data is told before any training.
+        """Open every split in use, so that wrong data is told before any training.
+
+        Of a folder every label that the run reads is checked, once: what was found good is remembered in output_dir.
+        Of a Hub data set the first rows are looked at.
 
         Raises:
             InputError: folder, shards, column or rows missing; a label value outside the map; image and label of
                 different size.
         """
+        folders = []
         for use in self.uses():
-            look_at_rows(self, use)
+            if is_toy_city(use.domain):
+                continue  # rendered by this package
+            location, rows = self.location(use.domain), self.rows(use)
+            label_map = self.label_map(use.domain) if use.labelled else None
+            if label_map is None or is_hub_id(location):
+                look_at_first_rows(rows, location, use.split, label_map)
+                continue
+            limit = self.recipe.stages.task.evaluation_images if use.role == "test" else None
+            folders.append(LabelledSplit(use.domain, location, use.split, rows, label_map, limit))
+        check_labels(folders, Path(self.recipe.output_dir) / "checked_labels.json")
 
 
 def _classes_of(entry: Domain) -> str:
     return f"the classes of {entry.label_space}" if entry.label_space else "no labels"
 
 
-def look_at_rows(data: RecipeData, use: DataUse) -> None:
-    """Decode the first rows of a split; unreadable images are left to the run, which counts them."""
-    for index, row in enumerate(data.rows(use).take(ROWS_LOOKED_AT)):
-        where = f"{data.location(use.domain)}, split '{use.split}', row {row.get('id', index)}"
-        try:
-            image = decode_image(row["image"], where)
-            label = decode_label(row["label"], where) if use.labelled else None
-        except CorruptImage:
-            continue
-        if label is None:
-            continue
-        if label.shape != (image.height, image.width):
-            raise InputError(
-                f"{where}: the image is {image.width}×{image.height} pixels but its label "
-                f"{label.shape[1]}×{label.shape[0]}; they must agree"
-            )
-        data.label_map(use.domain).apply(label, where)
+def data_root(recipe: Recipe, name: str) -> str | None:
+    """Folder or Hub id that the recipe gives for a domain, `~` expanded; None if it gives none."""
+    root = recipe.data.roots.get(name)
+    return None if root is None else os.path.expanduser(root)
+
+
+def train_images(recipe: Recipe, name: str, *, ask_hub: bool = True) -> int | None:
+    """Number of a domain's training images: as rendered, as counted, or else as published; None if nobody knows.
+
+    Args:
+        recipe: says how many scenes are rendered, and where data is.
+        name: the domain.
+        ask_hub: whether the Hub may be asked how many rows a data set has.
+    """
+    if is_toy_city(name):
+        return toy_city_images(recipe, name, "train")
+    entry, root = recipe_domain(name), data_root(recipe, name)
+    if root is None or (is_hub_id(root) and not ask_hub):
+        return entry.train_images
+    return count_rows(root, entry.split("train")) or entry.train_images
 
 
 def is_toy_city(name: str) -> bool:

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from gkd_hf.data.label_maps import LabelMap
+from gkd_hf.training import label_check
+from gkd_hf.training.recipe import load_recipe
+from gkd_hf.training.recipe_data import RecipeData
 from tests.cli.conftest import SIZE, good_rows, png, write_shard
 from tests.tiny import ENCODERS
 
@@ -55,6 +59,13 @@ def test_settings_that_changed_since(run_gkd: ModuleType, recipe: Path, refused:
         ("evaluate=[gtav]", "has the classes of cityscapes"),
         ("teacher=null", "need a teacher"),
         ("seed", "not of the form key.sub=value"),
+        ("seed=4294967296", "seed is 4294967296: it must be between 0 and 4294967295"),
+        ("data.label_maps.custom=5", "data.label_maps.custom: a label map is a name"),
+        ("data.label_maps.custom=null", "such as {7: 0, 8: 1}, not null"),
+        ("data.classes=[a, b, a]", "data.classes names the same entry twice: a, b, a"),
+        ("stages.task.short_sides=[32, 0]", "stages.task.short_sides is [32, 0]: give lengths of 1 pixel or more"),
+        ("stages.task.short_sides=[]", "give lengths of 1 pixel or more, or null"),
+        ("evaluate=[toy_city, 'toy_city:clear_day']", "evaluate names the same entry twice: toy_city, toy_city"),
         ("stages.domain_agnostic.gradient_accumulation_steps=3", "choose a multiple of 3"),
         ("stages.task.decode_head={type: linear, chanels: 3}", "chanels"),
         ("student.encoder={model_type: resnet, depth: [1]}", "resnet has no configuration field 'depth'"),
@@ -153,6 +164,52 @@ def test_label_of_another_size(refused: Refused, recipe: Path) -> None:
     assert "32×32" in message
     assert "16×32" in message
     assert not (recipe.parent / "out" / "stages").exists()
+
+
+def test_wrong_labels_are_found_in_every_row_before_any_training(refused: Refused, recipe: Path) -> None:
+    rows = good_rows(40)
+    rows[37]["label"] = png(np.full((SIZE, SIZE), 78, dtype=np.uint8))
+    write_shard(recipe.parent / "data", "test", rows)
+    message = refused()
+    for part in (str(recipe.parent / "data"), "split 'test'", "row37", "value(s) 78", "'identity'"):
+        assert part in message
+    rows[36]["label"] = png(np.zeros((SIZE, SIZE // 2), dtype=np.uint8))
+    write_shard(recipe.parent / "data", "test", rows)
+    assert "row36: the image is 32×32 pixels but its label 16×32" in refused()
+    assert not (recipe.parent / "out" / "stages").exists()
+
+
+def test_labels_are_checked_once(
+    run_gkd: ModuleType, refused: Refused, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    check_row = label_check._check_row
+
+    def noting(row: dict, label_map: LabelMap, where: str) -> None:
+        checked.append(where)
+        check_row(row, label_map, where)
+
+    monkeypatch.setattr(label_check, "_check_row", noting)
+    rows = good_rows(4)
+    rows[3]["image"] = b"not an image"  # the run's to count, not the check's
+    write_shard(recipe.parent / "data", "test", rows)
+
+    def check(*overrides: str) -> int:
+        checked.clear()
+        RecipeData(load_recipe(recipe, overrides)).check_rows()
+        return len(checked)
+
+    assert check() == 24 + 4
+    assert check() == 0
+    assert check("data.label_maps.custom={0: 0, 1: 1, 2: 2}") == 0  # says the same
+    assert check("data.label_maps.custom={0: 2, 1: 1, 2: 0}") == 24 + 4
+    assert check("data.label_maps.custom={0: 2, 1: 1, 2: 0}", "stages.task.evaluation_images=3") == 3
+    rows[2]["label"] = png(np.full((SIZE, SIZE), 77, dtype=np.uint8))
+    write_shard(recipe.parent / "data", "test", rows)
+    assert "row2" in refused("data.label_maps.custom={0: 2, 1: 1, 2: 0}")
+    (recipe.parent / "out" / "checked_labels.json").write_text("{")
+    write_shard(recipe.parent / "data", "test", good_rows(4))
+    assert check() == 24 + 4
 
 
 def test_no_rows(refused: Refused, recipe: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import yaml
 
 from gkd_hf.errors import InputError
+from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
-from gkd_hf.training.recipe import load_recipe
+from gkd_hf.training.recipe import load_recipe, recipe_domain
 from gkd_hf.training.recipe_data import RecipeData, distinct_colours
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
@@ -122,7 +124,8 @@ def test_overrides_replace_values_and_leave_stages_out() -> None:
     assert [name for name, _ in recipe.stages] == ["domain_agnostic", "task"]
     assert recipe.seed == 7
     assert recipe.data.roots == {"custom:berlin": "/a/b.c"}
-    assert load_recipe(path, ["student.encoder.depths=[1, 1, 1]"]).student.encoder["hidden_sizes"] == [32, 64, 128]
+    changed = load_recipe(path, ["student.encoder.depths=[1, 1]"]).student.encoder
+    assert changed == recipe.student.encoder | {"depths": [1, 1]}
     # A whole encoder replaces the recipe's: the fields of a ResNet mean nothing to a ViT.
     assert load_recipe(path, ["student.encoder={model_type: vit}"]).student.encoder == {"model_type": "vit"}
 
@@ -148,6 +151,29 @@ def test_training_and_test_scenes_differ() -> None:
     uses = RecipeData(load_recipe(ROOT / "scripts/recipes/quickstart.yaml")).uses()
     assert {use.split for use in uses if use.domain == "toy_city"} == {"train", "test"}
     assert [use.labelled for use in uses if use.domain == "toy_city:pool"] == [False]
+
+
+def test_the_source_style_is_the_source() -> None:
+    names = ["evaluate=['toy_city:clear_day', 'toy_city:night']", "stages.domain_agnostic.data=toy_city:clear_day"]
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", names)
+    assert recipe.evaluate == ["toy_city", "toy_city:night"]
+    assert recipe.stages.domain_agnostic.data == "toy_city"
+    assert recipe_domain("toy_city:clear_day").name == "toy_city"
+    data = RecipeData(recipe)
+    assert data.evaluated() == recipe.evaluate
+    assert [use.role for use in data.uses() if use.domain == "toy_city"] == ["train", "test"]
+
+
+def test_epochs_of_a_toy_city_are_known_before_it_is_rendered(tmp_path: Path) -> None:
+    changes = [f"output_dir={tmp_path}", "stages.task.max_steps=null", "stages.task.epochs=2"]
+    changes += ["stages.task_agnostic.max_steps=null", "stages.task_agnostic.epochs=3"]
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+    data = RecipeData(recipe)
+    assert train_steps(data, "task_agnostic", recipe.stages.task_agnostic) == 3 * 8000 // 16
+    assert train_steps(data, "task", recipe.stages.task) == math.ceil(2 * 1500 / 32)
+    text = plan(recipe)
+    assert "steps: 1,500 (3 epochs)" in text
+    assert "steps: 94 (2 epochs)" in text
 
 
 def test_colours_of_own_classes_differ() -> None:
