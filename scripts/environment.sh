@@ -12,10 +12,15 @@ require_python() {
 }
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -x .venv/bin/python ]; then
+    # Python writes activate last: without it the folder is what a failed attempt left.
+    if [ ! -f .venv/bin/activate ]; then
         require_python python3
         echo "Creating the virtual environment $root/.venv"
-        python3 -m venv .venv
+        if ! said="$(python3 -m venv .venv 2>&1)"; then
+            rm -rf .venv
+            echo "error: python3 cannot create a virtual environment (${said%%$'\n'*}): install its venv package (Debian, Ubuntu: apt install python3-venv), or activate an environment of your own" >&2
+            exit 2
+        fi
     fi
     # shellcheck disable=SC1091
     . .venv/bin/activate
@@ -27,6 +32,10 @@ wanted="$(cat setup.cfg pyproject.toml scripts/constraints.txt | python -c 'impo
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the known-good versions of scripts/constraints.txt into $VIRTUAL_ENV (once; a few minutes)"
     export PIP_DISABLE_PIP_VERSION_CHECK=1
+    if ! python -m pip --version >/dev/null 2>&1; then
+        echo "error: $VIRTUAL_ENV has no working pip: run '$VIRTUAL_ENV/bin/python -m ensurepip', or remove that folder and start again" >&2
+        exit 2
+    fi
     python -m pip install -qq "$(grep '^torch==' scripts/constraints.txt)"
     python -m pip install -qq --constraint scripts/constraints.txt --editable '.[test]'
     echo "$wanted" >"$stamp"

@@ -72,7 +72,7 @@ def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
 def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
     """Return (width, height) of the upright image in a cell, as ``decode_image`` gives it, without its pixels.
 
-    Only a TIFF is decoded. Raises ``CorruptImage`` for bytes that are no image; damage behind the header is not noticed.
+    Only a TIFF is decoded. Raises ``CorruptImage`` for bytes that are no image; damage behind the header stays unseen.
     """
     image, data = _header(cell, "image")
     if image.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTATION_MARKS):
