@@ -9,7 +9,8 @@
     accelerate launch --multi_gpu --num_processes 2 scripts/run_gkd.py scripts/recipes/quickstart.yaml
 
 Any key of the recipe can be set as `key.sub=value`; `stages.task_agnostic=null` leaves a stage out. The same command
-continues an interrupted run. Wrong input ends with one line on stderr and exit code 2.
+continues an interrupted run. Wrong input ends with one line on stderr and exit code 2; under
+`accelerate launch` the launcher's own report follows it and the exit code is 1, so try a recipe with --plan first.
 """
 
 from __future__ import annotations
