@@ -34,11 +34,10 @@ from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationA
 from gkd_hf.training.checks import check_grids, check_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
-from gkd_hf.training.recipe_data import DataUse, RecipeData, is_toy_city
+from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_toy_city
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
-TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
 OBJECTIVES = dict(zip(METHODS, ("qsd", "mse"), strict=True))
 COPIED_SETTINGS = ("weight_decay", "gradient_accumulation_steps", "sync_batch_norm", "save_steps", "logging_steps")
 DISTILLATION_SETTINGS = (
