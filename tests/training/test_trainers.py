@@ -442,6 +442,7 @@ def test_evaluation_counts_every_pixel_at_native_size(tmp_path: Path) -> None:
     assert metrics["eval_toy_city:night_miou"] == metrics["eval_mean_miou"] == pytest.approx(result.mean_iou)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 4])
 def test_too_many_corrupt_images_stop_the_evaluation_whatever_the_workers(workers: int, tmp_path: Path) -> None:
     import datasets
