@@ -27,7 +27,7 @@ class NonFiniteLossError(InputError):
 
 
 class StageProgress(ProgressCallback):
-    """One progress bar that carries the losses, in place of a printed dictionary at every logging step."""
+    """One progress bar that carries the loss, in place of a printed dictionary at every logging step."""
 
     def __init__(self, title: str):
         super().__init__()
@@ -51,11 +51,13 @@ class StageProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss terms beside the bar."""
+        """Show loss, attention on the own position and learning rate beside the bar."""
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            shown = {key: f"{value:.3g}" for key, value in logs.items() if key not in ("epoch", "grad_norm")}
-            shown["lr"] = shown.pop("learning_rate", "")
-            self.training_bar.set_postfix(shown)
+            # What decides whether to go on; every term stands in the trainer's log.
+            names = {"loss": "loss", "self_weight": "self_weight", "learning_rate": "lr"}
+            self.training_bar.set_postfix(
+                {short: f"{logs[name]:.3g}" for name, short in names.items() if name in logs}
+            )
 
 
 class StreamTrainer(Trainer):
