@@ -37,6 +37,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         exit 2
     fi
     python -m pip install -qq "$(grep '^torch==' scripts/constraints.txt)"
-    python -m pip install -qq --constraint scripts/constraints.txt --editable '.[test]'
+    # compat: a plain path entry, which a folder of the same name as the package cannot hide
+    python -m pip install -qq --constraint scripts/constraints.txt --config-settings editable_mode=compat --editable '.[test]'
     echo "$wanted" >"$stamp"
 fi

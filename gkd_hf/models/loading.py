@@ -147,7 +147,12 @@ def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any
 @contextmanager
 def _quiet_loading():
     """Silence the loading report: coverage is checked here, and a classifier's unused head is no news."""
-    names = ("transformers.modeling_utils", "transformers.utils.loading_report")
+    # With the first one silenced, the last would list every layer that tensor parallelism does not shard.
+    names = (
+        "transformers.modeling_utils",
+        "transformers.utils.loading_report",
+        "transformers.distributed.tensor_parallel",
+    )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bars = transformers_logging.is_progress_bar_enabled()

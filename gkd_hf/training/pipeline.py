@@ -64,7 +64,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     # What is loaded and saved is told by the stages; bars for it would tear the training's bar apart.
     transformers_logging.disable_progress_bar()
-    # Loading in a launched process warns that nothing was sharded by tensor parallelism, which nobody asked for.
+    # Loading can warn that tensor parallelism, which nobody asked for, shards nothing.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     return Pipeline(recipe).run()
 
