@@ -8,6 +8,7 @@ ResNet-50 is a ``ResNetModel``).
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class EncoderOutput:
     maps: tuple[torch.Tensor, ...] = ()
 
 
-class EncoderAdapter:
+class EncoderAdapter(ABC):
     """Base of the adapters: one architecture, described in one place.
 
     Attributes:
@@ -55,29 +56,30 @@ class EncoderAdapter:
         self.config = config
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Channels C of ``cls`` and ``patches``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stride(self) -> int:
         """Pixels per patch token along one axis."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def map_channels(self) -> tuple[int, ...]:
         """Channels C_i of the stage maps."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def map_strides(self) -> tuple[int, ...]:
         """Pixels per position of each stage map along one axis."""
-        raise NotImplementedError
 
     def build(self) -> PreTrainedModel:
         """Return the model with random weights."""
         return self.model_class(self.config, **self.constructor)
 
+    @abstractmethod
     def forward(
         self,
         model: PreTrainedModel,
@@ -92,7 +94,6 @@ class EncoderAdapter:
             bool_masked_pos: B×N, only for adapters with ``native_mask``.
             norm_maps: pass the stage maps through the final norm, where the architecture has one.
         """
-        raise NotImplementedError
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise `InputError` if an H×W image does not cut into whole patches (edge pixels would be dropped)."""
@@ -196,9 +197,9 @@ class _ConvolutionalAdapter(EncoderAdapter):
         maps = (*self.finer_maps(output.hidden_states), last) if output_maps else ()
         return EncoderOutput(last.mean((2, 3)), last.flatten(2).transpose(1, 2), tuple(last.shape[-2:]), maps)
 
+    @abstractmethod
     def finer_maps(self, hidden_states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Pick all stage maps but the last, finest first, from the model's hidden states."""
-        raise NotImplementedError
 
 
 class ResNetAdapter(_ConvolutionalAdapter):
