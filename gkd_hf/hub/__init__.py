@@ -1,0 +1,1 @@
+"""To the Hub and from it: native export, model cards, pushing, serving."""
