@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
@@ -70,3 +71,5 @@ def main(stage: str, out: str, world: str, micro: str, accumulation: str) -> Non
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Its threads must have ended before the interpreter does, or they abort the process once in a while.
+    PartialState().destroy_process_group()

@@ -30,6 +30,7 @@ def main(out: str) -> None:
     accelerator.backward(output.loss)
     if accelerator.is_main_process:
         save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, out)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
