@@ -1,0 +1,241 @@
+"""From a trained student to folders that anybody's transformers loads, and back.
+
+What is written was loaded again and compared first: the same tokens, the same class logits, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+)
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+from transformers.utils import ModelOutput
+
+from gkd_hf.errors import InputError
+from gkd_hf.hub.remote_code import model_files, save_with_code
+from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+
+TOLERANCE = 1e-5  # of the largest value compared where that is above 1, else absolute
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where it is. native: whether transformers loads it by itself, without remote code.
+        architecture: the class, for example ``UperNetForSemanticSegmentation``.
+        auto_class: the Auto class that loads it.
+        reason: why it is not native, "" if it is.
+        max_difference: largest absolute difference to the student (tokens or class logits, fp32, random images).
+    """
+
+    folder: Path
+    native: bool
+    architecture: str
+    auto_class: str
+    reason: str = ""
+    max_difference: float | None = None
+
+
+def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image_size: int) -> Exported:
+    """Write the student's encoder as the plain transformers model that it is, and its preprocessor configuration.
+
+    Args:
+        image_size: side in pixels of the square images that the preprocessor makes.
+
+    Raises:
+        InputError: the written encoder, loaded by ``AutoModel``, does not give the student's tokens; nothing is put
+            into ``folder`` then.
+    """
+    student = _own_copy(student)
+
+    def tokens(encoder: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(pixels: torch.Tensor) -> torch.Tensor:
+            output = student.adapter.forward(encoder, pixels)
+            return torch.cat([output.cls[:, None], output.patches], dim=1)
+
+        return run
+
+    with _workshop(folder) as place:
+        student.save_encoder(place)
+        image_processor(student.config, image_size).save_pretrained(place)
+        loaded = AutoModel.from_pretrained(place).eval()
+        sizes = _check_sizes(student, image_size)
+        difference = _compare(tokens(student.encoder), tokens(loaded), sizes, "tokens", type(loaded).__name__)
+    return Exported(Path(folder), True, type(loaded).__name__, "AutoModel", max_difference=difference)
+
+
+def export_segmenter(
+    segmenter: GKDStudentForSemanticSegmentation, folder: str | os.PathLike, *, image_size: int
+) -> Exported:
+    """Write the segmenter as a transformers class of its own where there is one, else with its code.
+
+    Args:
+        image_size: side in pixels of the square images that the segmenter was trained on.
+
+    Raises:
+        InputError: what was written does not give the segmenter's class logits; nothing is put into ``folder`` then.
+    """
+    segmenter = _own_copy(segmenter)
+    reason = f"transformers has no class for decode_head {segmenter.config.decode_head['type']}"
+    with _workshop(folder) as place:
+        save_with_code(segmenter, place)
+        image_processor(segmenter.config, image_size).save_pretrained(place)
+        loaded = load_segmenter(place)
+        sizes = _check_sizes(segmenter.student, image_size)
+        difference = _compare(_class_scores(segmenter), _class_scores(loaded), sizes, "logits", type(loaded).__name__)
+    return Exported(Path(folder), False, type(loaded).__name__, "AutoModelForSemanticSegmentation", reason, difference)
+
+
+def load_segmenter(
+    source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a segmenter that was exported or pushed: one of transformers' own classes, or a GKD segmenter.
+
+    Args:
+        source: a folder or a Hub id. revision: commit, tag or branch of a Hub id.
+        trust_remote_code: run the code of a repository that is neither; GKD segmenters do not need it here.
+
+    Raises:
+        InputError: nothing readable there, not a segmenter, or its code would have to be run without the flag.
+    """
+    source = os.fspath(source)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+        if fields.get("model_type") == GKDStudentConfig.model_type:
+            if not fields.get("decode_head"):
+                raise InputError(f"'{source}' is a student without a decode head, not a segmenter")
+            return _load(GKDStudentForSemanticSegmentation, source, revision)
+        if "auto_map" in fields and not trust_remote_code:
+            raise InputError(
+                f"'{source}' comes with code of its own, which would run on this machine: read it, then allow it "
+                "with trust_remote_code (on the command line --trust-remote-code)"
+            )
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
+        universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
+        if not universal and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING and "auto_map" not in fields:
+            raise InputError(f"'{source}' is a {config.model_type}, which is no semantic segmenter in transformers")
+        auto_class = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
+        return _load(auto_class, source, revision, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot read a segmenter from '{source}': {str(error).strip().splitlines()[0]}") from error
+
+
+def class_logits(outputs: ModelOutput, size: tuple[int, int]) -> torch.Tensor:
+    """Return float32 B×K×H×W class scores at ``size`` (H, W) of a semantic segmenter's or Mask2Former's outputs.
+
+    Of Mask2Former's queries, as its semantic inference has it: Σ_q softmax(class)[:-1] · sigmoid(mask).
+    """
+    if "class_queries_logits" in outputs:
+        classes = outputs["class_queries_logits"].float().softmax(-1)[..., :-1]
+        logits = torch.einsum("bqk,bqhw->bkhw", classes, outputs["masks_queries_logits"].float().sigmoid())
+    else:
+        logits = outputs["logits"].float()
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImageProcessorPil:
+    """What turns pictures into pixels as the student was trained on them: any encoder, square images."""
+    return SegformerImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        do_reduce_labels=False,
+    )
+
+
+def _load(kind: Any, source: str, revision: str | None, **kwargs: Any) -> PreTrainedModel:
+    return kind.from_pretrained(source, revision=revision or "main", use_safetensors=True, **kwargs).eval()
+
+
+def _own_copy(model: Any) -> Any:
+    """The same model in fp32 on the CPU and in eval mode; a trainer may have put the given one elsewhere."""
+    own = type(model)(copy.deepcopy(model.config))
+    own.load_state_dict({key: value.detach().cpu() for key, value in model.state_dict().items()})
+    return own.eval()
+
+
+class _workshop:
+    """A temporary folder beside the given one; what was put there is moved into place unless an error is raised."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def __enter__(self) -> Path:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=self.folder.parent)
+        return Path(self.temporary.name)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self.temporary:
+            if kind is None:
+                self.folder.mkdir(exist_ok=True)
+                code = {path.name for path in model_files()}
+                for old in self.folder.iterdir():
+                    # An earlier export may have had other shards, or code that this one does not need.
+                    if old.suffix == ".safetensors" or old.name in code or old.name.endswith(".index.json"):
+                        old.unlink()
+                for new in Path(self.temporary.name).iterdir():
+                    os.replace(new, self.folder / new.name)
+
+
+def _class_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda pixels: class_logits(model(pixels), tuple(pixels.shape[-2:]))
+
+
+def _check_sizes(student: GKDStudentModel, image_size: int) -> list[tuple[int, int]]:
+    stride = student.adapter.stride
+    side = max(1, round(image_size / stride)) * stride
+    return [(side, side), (side + stride, side + 2 * stride)]
+
+
+@torch.no_grad()
+def _compare(
+    ours: Callable[[torch.Tensor], torch.Tensor],
+    theirs: Callable[[torch.Tensor], torch.Tensor],
+    sizes: list[tuple[int, int]],
+    what: str,
+    name: str,
+) -> float:
+    """Return the largest absolute difference on random images; raise `InputError` if it is above the tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for height, width in sizes:
+        pixels = torch.randn(1, 3, height, width, generator=generator)
+        expected, got = ours(pixels), theirs(pixels)
+        difference = (expected - got).abs().max().item()
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        if not difference <= allowed:
+            raise InputError(
+                f"the exported {name} does not give the student's {what} on an image of {height}×{width}: they differ "
+                f"by {difference:.3g}, allowed is {allowed:.3g}; nothing was written"
+            )
+        worst = max(worst, difference)
+    return worst
