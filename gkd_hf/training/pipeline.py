@@ -23,7 +23,7 @@ from transformers import set_seed
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream, count_rows
+from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
@@ -164,7 +164,8 @@ class Pipeline:
             del toy_city["test_images"]
             return {"toy_city": toy_city}
         place = self.data.location(stage.data)
-        settings = {"root": os.path.abspath(place) if os.path.isdir(place) else place}
+        root = os.path.abspath(place) if os.path.isdir(place) else place
+        settings = {"root": root, "revision": self.data.revision(stage.data)}
         if isinstance(stage, TaskRecipe):
             settings |= {"label_map": data.label_maps.get(stage.data), "classes": data.classes}
         return settings
@@ -265,7 +266,8 @@ class Pipeline:
     def _teacher(self) -> GKDTeacher:
         # A fresh one for each stage: resampled kernels must come from the original ones.
         teacher = self.recipe.teacher
-        return GKDTeacher(TOY_TEACHER if teacher.name == "toy" else teacher.name, geometry=teacher.geometry)
+        source = TOY_TEACHER if teacher.name == "toy" else teacher.name
+        return GKDTeacher(source, geometry=teacher.geometry, revision=teacher.revision)
 
     def _new_segmenter(self, student: GKDStudentModel, stage: TaskRecipe) -> GKDStudentForSemanticSegmentation:
         classes = self.data.label_space.classes
@@ -345,7 +347,7 @@ class Pipeline:
             micro_batch_size=arguments.per_device_train_batch_size,
             domain=stage.data,
             label_map=self.data.label_map(stage.data) if labelled else None,
-            num_rows=count_rows(self.data.location(stage.data), use.split),
+            num_rows=self.data.num_rows(use),
         )
 
     def _evaluation_set(self, name: str, mean: list[float], std: list[float]) -> EvaluationSet:
@@ -358,7 +360,7 @@ class Pipeline:
             label_map=self.data.label_map(name),
             label_space=self.data.label_space,
             limit=self.recipe.stages.task.evaluation_images,
-            num_rows=count_rows(self.data.location(name), use.split),
+            num_rows=self.data.num_rows(use),
         )
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -420,5 +422,8 @@ def new_student(recipe: Recipe) -> GKDStudentModel:
     """The student as the recipe names it, before any stage."""
     student = recipe.student
     return GKDStudentModel.from_encoder(
-        student.encoder, pretrained=student.pretrained, freeze_batch_norm=student.freeze_batch_norm
+        student.encoder,
+        pretrained=student.pretrained,
+        revision=student.revision,
+        freeze_batch_norm=student.freeze_batch_norm,
     )

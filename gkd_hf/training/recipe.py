@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -36,6 +39,7 @@ class StudentRecipe:
     encoder: Any = MISSING
     pretrained: bool = True  # False: random weights in the architecture of that id or folder
     freeze_batch_norm: bool = False  # never train in batch statistics: for weights whose own were folded away
+    revision: str | None = None  # commit, tag or branch of a Hub id; None: its main branch
 
 
 @dataclass
@@ -44,6 +48,7 @@ class TeacherRecipe:
 
     name: str = MISSING
     geometry: str = "native"
+    revision: str | None = None  # as the student's
 
 
 @dataclass
@@ -145,9 +150,19 @@ class DataRecipe:
     """Where data is: domain → folder of parquet shards or Hub id; label map by name or {stored id: train id}."""
 
     roots: dict[str, str] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)  # domain → commit, tag or branch of its Hub id
     label_maps: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)  # of the label space, where the source is `custom`
     toy_city: ToyCityRecipe = field(default_factory=ToyCityRecipe)
+
+
+@dataclass
+class HubRecipe:
+    """Where the result is published. The token is never here: it comes from `hf auth login` or HF_TOKEN."""
+
+    repo_id: str | None = None  # org/name of the encoder; the segmenter's is org/name-SOURCE. None: not published
+    private: bool = True
+    license: str | None = None  # the Hub's licence id; None: derived from teacher and data
 
 
 @dataclass
@@ -162,6 +177,7 @@ class Recipe:
     source_test: bool = True  # also evaluate the held-out split of the source
     baselines: list[str] = field(default_factory=list)
     data: DataRecipe = field(default_factory=DataRecipe)
+    hub: HubRecipe = field(default_factory=HubRecipe)
     output_dir: str = MISSING
     seed: int = 0
 
@@ -231,6 +247,7 @@ def _use_canonical_names(recipe: Recipe) -> None:
         stage.data = canonical_name(stage.data)
     recipe.evaluate = [canonical_name(name) for name in recipe.evaluate]
     recipe.data.roots = {canonical_name(name): root for name, root in recipe.data.roots.items()}
+    recipe.data.revisions = {canonical_name(name): given for name, given in recipe.data.revisions.items()}
     recipe.data.label_maps = {canonical_name(name): given for name, given in recipe.data.label_maps.items()}
 
 
@@ -266,7 +283,13 @@ def _merge(recipe: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
 _TAKEN_WHOLE = ("student.encoder", "stages.task.decode_head")
 
 _SECTIONS: dict[type, dict[str, type]] = {
-    Recipe: {"student": StudentRecipe, "teacher": TeacherRecipe, "stages": StagesRecipe, "data": DataRecipe},
+    Recipe: {
+        "student": StudentRecipe,
+        "teacher": TeacherRecipe,
+        "stages": StagesRecipe,
+        "data": DataRecipe,
+        "hub": HubRecipe,
+    },
     StagesRecipe: {"task_agnostic": DistillationRecipe, "domain_agnostic": DistillationRecipe, "task": TaskRecipe},
     DataRecipe: {"toy_city": ToyCityRecipe},
 }
@@ -325,12 +348,14 @@ def _check(recipe: Recipe, origin: str) -> None:
     for key, names in (
         ("evaluate", recipe.evaluate),
         ("data.roots", recipe.data.roots),
+        ("data.revisions", recipe.data.revisions),
         ("data.label_maps", recipe.data.label_maps),
     ):
         for name in names:
             known_domain(key, name)
     if not isinstance(recipe.student.encoder, str | Mapping):
         raise InputError(f"{origin}: student.encoder is {recipe.student.encoder!r}: give a Hub id, folder or mapping")
+    _check_hub(recipe, origin)
     stages = dict(recipe.stages)
     if not stages:
         raise InputError(f"{origin}: no stage is given (task_agnostic, domain_agnostic, task)")
@@ -345,6 +370,40 @@ def _check(recipe: Recipe, origin: str) -> None:
     _check_numbers("data.toy_city", recipe.data.toy_city, origin)
     if not 0 <= recipe.seed <= MAX_SEED:
         raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
+
+
+def _check_hub(recipe: Recipe, origin: str) -> None:
+    """What is published must have a name, and only what is on the Hub has revisions."""
+    student, teacher = recipe.student, recipe.teacher
+    pinned = [("student.revision", student.encoder, student.revision)]
+    pinned += [("teacher.revision", teacher.name, teacher.revision)] if teacher is not None else []
+    for name, revision in recipe.data.revisions.items():
+        if name not in recipe.data.roots:
+            raise InputError(f"{origin}: data.revisions.{name} is given, but data.roots.{name} is not: add the Hub id")
+        pinned.append((f"data.revisions.{name}", recipe.data.roots[name], revision))
+    for key, source, revision in pinned:
+        if revision is None:
+            continue
+        if not revision.strip():
+            raise InputError(f"{origin}: {key} is empty: give a commit, tag or branch, or leave it out")
+        if not isinstance(source, str) or source == "toy" or os.path.isdir(os.path.expanduser(source)):
+            what = f"'{source}' is a folder here" if isinstance(source, str) else "the encoder is given by its fields"
+            what = "'toy' ships with the package" if source == "toy" else what
+            raise InputError(f"{origin}: {key} is '{revision}', but {what}: only Hub ids have revisions, leave it out")
+    repo_id = recipe.hub.repo_id
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+            valid, why = "/" in repo_id, ""
+        except HFValidationError as error:
+            valid, why = False, f" ({_first_line(error)})"
+        if not valid:
+            raise InputError(f"{origin}: hub.repo_id is '{repo_id}': give org/name, for example my-org/gkd-x{why}")
+    if recipe.hub.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", recipe.hub.license):
+        raise InputError(
+            f"{origin}: hub.license is '{recipe.hub.license}': give the Hub's id of a licence, such as apache-2.0 or "
+            "cc-by-nc-4.0 (see https://huggingface.co/docs/hub/repositories-licenses)"
+        )
 
 
 def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_domain: Any) -> None:

@@ -88,6 +88,14 @@ class RecipeData:
             )
         return root
 
+    def revision(self, name: str) -> str | None:
+        """Commit, tag or branch of a domain's Hub id, if the recipe pins it."""
+        return self.recipe.data.revisions.get(name)
+
+    def num_rows(self, use: DataUse) -> int | None:
+        """Rows of a split; None if nobody knows."""
+        return count_rows(self.location(use.domain), use.split, revision=self.revision(use.domain))
+
     def label_map(self, name: str) -> LabelMap:
         """The map from a domain's stored ids to the train ids of the label space."""
         given = self.recipe.data.label_maps.get(name, recipe_domain(name).label_map)
@@ -99,7 +107,10 @@ class RecipeData:
     def rows(self, use: DataUse) -> datasets.IterableDataset:
         """The undecoded rows of a split."""
         return open_rows(
-            self.location(use.domain), use.split, columns=("image", "label") if use.labelled else ("image",)
+            self.location(use.domain),
+            use.split,
+            columns=("image", "label") if use.labelled else ("image",),
+            revision=self.revision(use.domain),
         )
 
     def train_images(self, name: str) -> int | None:
@@ -169,7 +180,8 @@ def train_images(recipe: Recipe, name: str, *, ask_hub: bool = True) -> int | No
     entry, root = recipe_domain(name), data_root(recipe, name)
     if root is None or (is_hub_id(root) and not ask_hub):
         return entry.train_images
-    return count_rows(root, entry.split("train")) or entry.train_images
+    revision = recipe.data.revisions.get(name)
+    return count_rows(root, entry.split("train"), revision=revision) or entry.train_images
 
 
 def is_toy_city(name: str) -> bool:

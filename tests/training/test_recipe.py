@@ -130,6 +130,42 @@ def test_overrides_replace_values_and_leave_stages_out() -> None:
     assert load_recipe(path, ["student.encoder={model_type: vit}"]).student.encoder == {"model_type": "vit"}
 
 
+def test_revisions_and_hub_are_read_and_saved(tmp_path: Path) -> None:
+    changes = ["student.encoder=org/student", "student.revision=v1", "teacher.name=org/teacher", "teacher.revision=v2"]
+    changes += ["data.roots.cityscapes=org/city", "data.revisions.cityscapes=v3", "data.revisions.toy_city:night=v4"]
+    changes += ["data.roots.toy_city:night=org/night", "hub.repo_id=org/gkd-x", "hub.license=cc-by-nc-4.0"]
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+    assert (recipe.student.revision, recipe.teacher.revision) == ("v1", "v2")
+    assert recipe.data.revisions == {"cityscapes": "v3", "toy_city:night": "v4"}
+    assert RecipeData(recipe).revision("cityscapes") == "v3"
+    assert RecipeData(recipe).revision("gtav") is None
+    assert (recipe.hub.repo_id, recipe.hub.private, recipe.hub.license) == ("org/gkd-x", True, "cc-by-nc-4.0")
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["hub.repo_id=name"], "hub.repo_id is 'name': give org/name"),
+        (["hub.repo_id=org/a/b"], "hub.repo_id is 'org/a/b': give org/name"),
+        (["hub.repo_id=org/-x"], "hub.repo_id is 'org/-x': give org/name"),
+        (["hub.token=hf_x"], "unknown key 'hub.token'; known there: repo_id, private, license"),
+        (["hub.license=My Own"], "hub.license is 'My Own': give the Hub's id of a licence"),
+        (["hub.private=maybe"], "hub.private"),
+        (["student.revision=v1"], "student.revision is 'v1', but the encoder is given by its fields"),
+        (["teacher.name=toy", "teacher.revision=v1"], "teacher.revision is 'v1', but 'toy' ships with the package"),
+        (["teacher.name=.", "teacher.revision=v1"], "teacher.revision is 'v1', but '.' is a folder here"),
+        (["teacher.name=org/t", "teacher.revision=''"], "teacher.revision is empty"),
+        (["data.revisions.gtav=v1"], "data.revisions.gtav is given, but data.roots.gtav is not"),
+        (["data.revisions.gtav5=v1"], "data.revisions: "),
+    ],
+)
+def test_wrong_revisions_and_hub_are_told(changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+
+
 def test_recipe_survives_being_saved(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", ["data.label_maps.custom={0: 1, 7: 255}"])
     recipe.save(tmp_path)
