@@ -46,6 +46,8 @@ class Domain:
         splits: role (``train``, ``validation``, ``test``) → split name; a role that does not exist is absent.
         test_size: (width, height) in pixels at which the encoder sees test images; ``None`` keeps their own size.
         keep_ratio: fit inside ``test_size`` keeping the aspect ratio, instead of stretching to it.
+        licence: the terms in words. licence_id: the Hub's id of them, "other" for terms of their own, "" if unknown.
+        home_page: where the data and its terms are.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Domain:
     test_size: tuple[int, int] | None = None
     keep_ratio: bool = False
     licence: str = ""
+    licence_id: str = "other"
     home_page: str = ""
 
     def split(self, role: str) -> str:
@@ -128,11 +131,11 @@ DOMAINS: dict[str, Domain] = {
         ),
         Domain(
             "synthia", "cityscapes", "synthia", 9400, {"train": "train"}, (1280, 760),
-            licence="CC BY-NC-SA 3.0", home_page="https://synthia-dataset.net",
+            licence="CC BY-NC-SA 3.0", licence_id="cc-by-nc-sa-3.0", home_page="https://synthia-dataset.net",
         ),
         Domain(
             "urbansyn", "cityscapes", "urbansyn", 7539, {"train": "train"}, (1024, 512),
-            licence="CC BY-SA 4.0", home_page="https://www.urbansyn.org",
+            licence="CC BY-SA 4.0", licence_id="cc-by-sa-4.0", home_page="https://www.urbansyn.org",
         ),
         Domain(
             "cityscapes", "cityscapes", "cityscapes", 2975, _TRAIN_VALIDATION, (1024, 512),
@@ -144,7 +147,8 @@ DOMAINS: dict[str, Domain] = {
         ),
         Domain(
             "mapillary", "cityscapes", "mapillary", 18000, _TRAIN_VALIDATION, (1024, 512), keep_ratio=True,
-            licence="CC BY-NC-SA 4.0, registration", home_page="https://www.mapillary.com/dataset/vistas",
+            licence="CC BY-NC-SA 4.0, registration", licence_id="cc-by-nc-sa-4.0",
+            home_page="https://www.mapillary.com/dataset/vistas",
         ),
         Domain(
             "acdc_night", "cityscapes", "identity", 400, _TRAIN_VALIDATION, (960, 540),
@@ -180,14 +184,17 @@ DOMAINS: dict[str, Domain] = {
         ),
         Domain(
             "toy_city", "toy_city", "identity", None, _TRAIN_VALIDATION_TEST,
-            licence="Apache-2.0 (rendered by this package)",
+            licence="Apache-2.0 (rendered by this package)", licence_id="apache-2.0",
         ),
         Domain(
             "camvid_day", "camvid", "identity", 305, _TRAIN_VALIDATION_TEST,
-            licence=_CAMVID, home_page=_CAMVID_PAGE,
+            licence=_CAMVID, licence_id="cc-by-nc-4.0", home_page=_CAMVID_PAGE,
         ),
-        Domain("camvid_dusk", "camvid", "identity", None, {"test": "test"}, licence=_CAMVID, home_page=_CAMVID_PAGE),
-        Domain("custom", None, "identity", None, _TRAIN_VALIDATION_TEST),
+        Domain(
+            "camvid_dusk", "camvid", "identity", None, {"test": "test"},
+            licence=_CAMVID, licence_id="cc-by-nc-4.0", home_page=_CAMVID_PAGE,
+        ),
+        Domain("custom", None, "identity", None, _TRAIN_VALIDATION_TEST, licence_id=""),
     )
 }  # fmt: skip
 
