@@ -31,6 +31,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "layer_type": "basic",
     },
     "mobilenet_v2": {"model_type": "mobilenet_v2", "depth_multiplier": 0.25},
+    "convnext": {"model_type": "convnext", "num_stages": 3, "hidden_sizes": [8, 16, 24], "depths": [1, 1, 1]},
+    "swin": {
+        "model_type": "swin",
+        "embed_dim": 8,
+        "depths": [2, 2, 2],
+        "num_heads": [2, 2, 4],
+        "window_size": 2,
+        "mlp_ratio": 2.0,
+    },
 }
 
 MASK2FORMER: dict[str, Any] = {
@@ -46,3 +55,7 @@ MASK2FORMER: dict[str, Any] = {
     "num_queries": 10,
     "train_num_points": 64,
 }
+
+UPERNET: dict[str, Any] = {"type": "upernet", "hidden_size": 16, "pool_scales": [1, 2]}
+
+DPT: dict[str, Any] = {"type": "dpt", "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-DECODE_HEADS = ("linear", "mask2former")
+DECODE_HEADS = ("linear", "mask2former", "upernet", "dpt")
 
 
 class GKDStudentConfig(PreTrainedConfig):
@@ -15,8 +15,8 @@ class GKDStudentConfig(PreTrainedConfig):
 
     Args:
         encoder_config: configuration of the inner transformers encoder, or its fields as a mapping.
-        decode_head: fields of the decode head: ``type`` ("linear" or "mask2former") and that head's options. Only the
-            segmenter has one.
+        decode_head: fields of the decode head: ``type`` ("linear", "mask2former", "upernet" or "dpt") and that head's
+            options. Only the segmenter has one.
         image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
         norm_feature_maps: give a ViT's stage maps to the decode head after its final norm (not so in the paper).
         freeze_batch_norm: keep the encoder's batch norms in eval mode while training; for weights whose statistics

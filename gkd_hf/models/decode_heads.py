@@ -1,12 +1,11 @@
 """Decode heads: stage maps of an encoder → class logits per pixel, and the loss against a label map.
 
-Both heads answer the same call: ``head(maps, labels)`` with maps B×C_i×h_i×w_i, finest first, and labels B×H×W of
+All heads answer the same call: ``head(maps, labels)`` with maps B×C_i×h_i×w_i, finest first, and labels B×H×W of
 train ids, returns `HeadOutput`. Ignored pixels never count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,15 +21,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from .configuration_gkd import DECODE_HEADS
 from .errors import InputError, nearest
-
-
-@dataclass
-class HeadOutput:
-    """Logits B×K×h×w; with labels also the total loss and its named terms (scalars)."""
-
-    logits: torch.Tensor
-    loss: torch.Tensor | None = None
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+from .head_output import HeadOutput, with_cross_entropy
+from .native_heads import build_dpt, build_upernet
 
 
 class LinearHead(nn.Module):
@@ -50,13 +42,7 @@ class LinearHead(nn.Module):
         size = maps[0].shape[-2:]
         resized = [maps[0]] + [F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps[1:]]
         logits = self.classifier(self.norm(torch.cat(resized, dim=1)))
-        if labels is None:
-            return HeadOutput(logits)
-        full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        # A sum over the counted pixels: the mean of a batch without any would be nan.
-        loss = F.cross_entropy(full.float(), labels, ignore_index=self.ignore_index, reduction="sum")
-        loss = loss / (labels != self.ignore_index).sum().clamp(min=1)
-        return HeadOutput(logits, loss, {"cross_entropy": loss.detach()})
+        return with_cross_entropy(logits, labels, self.ignore_index)
 
 
 class Mask2FormerHead(Mask2FormerPreTrainedModel):
@@ -143,7 +129,7 @@ def build_decode_head(
     """Return the decode head that ``settings`` (``type`` and that head's options) describes.
 
     Raises:
-        InputError: an unknown type or option.
+        InputError: an unknown type or option, or stage maps that do not suit the head.
     """
     options = dict(settings)
     kind = options.pop("type", None)
@@ -154,6 +140,10 @@ def build_decode_head(
         if options:
             raise InputError(f"decode_head linear has no options, got {', '.join(options)}")
         return LinearHead(channels, num_labels, ignore_index)
+    if kind == "upernet":
+        return build_upernet(options, channels, num_labels, ignore_index)
+    if kind == "dpt":
+        return build_dpt(options, channels, strides, num_labels, ignore_index)
     if len(channels) < 3:
         raise InputError(f"decode_head mask2former needs three stage maps or more, the encoder has {len(channels)}")
     if len(set(strides)) == 1:

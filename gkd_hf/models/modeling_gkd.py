@@ -53,7 +53,7 @@ class GKDStudentPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Encoder and Mask2Former head are PreTrainedModels and initialise themselves.
+        # The encoder and transformers' own heads are PreTrainedModels and initialise themselves.
         if isinstance(module, GKDStudentModel) and module.mask_pixel is not None:
             nn.init.zeros_(module.mask_pixel)
         elif isinstance(module, nn.Conv2d):
@@ -160,15 +160,15 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
 
     def save_encoder(self, folder: str | os.PathLike) -> None:
         """Save the plain encoder, which ``AutoModel.from_pretrained(folder)`` loads without this library."""
-        state = self.encoder.state_dict()
-        if "use_mask_token" in self.adapter.constructor:
-            # The mask token only serves distillation, and the architecture by itself has no place for it.
-            state = {key: value for key, value in state.items() if not key.endswith("mask_token")}
-        self.encoder.save_pretrained(folder, state_dict=state)
+        self.encoder.save_pretrained(folder, state_dict=self.adapter.plain_state(self.encoder))
 
 
 class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
-    """A student and a decode head. ``freeze_encoder`` makes it the second stage of GKD: only the head learns."""
+    """A student and a decode head. ``freeze_encoder`` makes it the second stage of GKD: only the head learns.
+
+    ``map_norms`` are the norms on the stage maps that transformers' backbones of some encoders have (ConvNeXt, Swin);
+    they belong to the head's side.
+    """
 
     def __init__(self, config: GKDStudentConfig):
         super().__init__(config)
@@ -176,6 +176,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             raise InputError("a segmenter needs decode_head in its configuration, for example {'type': 'linear'}")
         self.student = GKDStudentModel(config)
         adapter = self.student.adapter
+        self.map_norms = adapter.map_norms()
         self.decode_head = build_decode_head(
             config.decode_head,
             adapter.map_channels,
@@ -199,11 +200,11 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         """Put a new decode head on ``student``, which is taken over, not copied.
 
         Args:
-            decode_head: "linear", "mask2former", or a mapping with ``type`` and that head's options.
+            decode_head: "linear", "mask2former", "upernet", "dpt", or a mapping with ``type`` and that head's options.
             norm_feature_maps: see `GKDStudentConfig`.
 
         Raises:
-            InputError: unknown decode head or option, or too few stage maps for it.
+            InputError: unknown decode head or option, or stage maps that do not suit it.
         """
         settings = {"type": decode_head} if isinstance(decode_head, str) else dict(decode_head)
         names = id2label or {index: f"LABEL_{index}" for index in range(num_labels)}
@@ -258,6 +259,8 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
                 labels = F.pad(labels, padding, value=self.config.semantic_loss_ignore_index)
         with torch.no_grad() if self.encoder_frozen else nullcontext():
             maps = self.student(pixel_values, output_maps=True).feature_maps
+        if self.map_norms is not None:
+            maps = tuple(norm(m) for norm, m in zip(self.map_norms, maps, strict=True))
         head = self.decode_head(maps, labels)
         logits = head.logits
         if padded:

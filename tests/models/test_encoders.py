@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, ViTModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, ViTModel
 
 from gkd_hf import GKDStudentModel, InputError
 from gkd_hf.models.encoders import adapter_for, mask_image, resample_geometry, resample_tokens
@@ -15,6 +15,7 @@ from gkd_hf.models.modeling_gkd import frozen_running_statistics
 from tests.tiny import ENCODERS
 
 TRANSFORMERS = ("vit", "dinov2")
+NORMED = ("convnext", "swin")
 
 
 @pytest.fixture(params=sorted(ENCODERS))
@@ -52,7 +53,10 @@ def test_patches_are_row_by_row(student: GKDStudentModel) -> None:
     if not student.adapter.fixed_grid:
         output = student(changed, output_maps=True)
         by_row = output.last_hidden_state.transpose(1, 2).unflatten(2, output.grid)
-        assert torch.equal(by_row, output.feature_maps[-1])
+        last = output.feature_maps[-1]
+        if student.config.encoder_config.model_type in NORMED:  # the tokens passed the final norm, the maps did not
+            last = student.encoder.layernorm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(by_row, last)
 
 
 def test_mask_changes_what_is_masked(student: GKDStudentModel) -> None:
@@ -84,6 +88,48 @@ def test_class_token_of_a_cnn_is_the_average() -> None:
     student = GKDStudentModel.from_encoder(ENCODERS["resnet"]).eval()
     output = student(torch.randn(2, 3, 64, 64))
     torch.testing.assert_close(output.pooler_output, output.last_hidden_state.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_class_token_is_what_transformers_pools(kind: str) -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS[kind]).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    plain = AutoModel.from_config(student.encoder.config).eval()
+    plain.load_state_dict(student.encoder.state_dict())
+    output, expected = student(pixels), plain(pixels)
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output)
+    tokens = expected.last_hidden_state
+    if kind == "convnext":
+        tokens = plain.layernorm(tokens.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(output.last_hidden_state, tokens)
+
+
+def test_swin_does_not_remember_the_sizes_it_saw() -> None:
+    torch.manual_seed(0)
+    student = GKDStudentModel.from_encoder(ENCODERS["swin"] | {"initializer_range": 0.5}).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    before = student(pixels).last_hidden_state
+    student(torch.randn(1, 3, 32, 32))  # the last map is one window: no shift there
+    assert torch.equal(student(pixels).last_hidden_state, before)
+
+
+def test_swin_refuses_maps_smaller_than_a_window() -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS["swin"] | {"window_size": 4})
+    with pytest.raises(InputError, match=r"windows of 4 needs images of 64 pixels or more .* got 64×48"):
+        student(torch.randn(1, 3, 64, 48))
+
+
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_stage_maps_are_those_of_transformers_backbones(kind: str) -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS[kind]).eval()
+    stages = [f"stage{index + 1}" for index in range(3)]
+    backbone = AutoBackbone.from_config(AutoConfig.for_model(**ENCODERS[kind], out_features=stages)).eval()
+    state = {(f"swin.{key}" if kind == "swin" else key): t for key, t in student.encoder.state_dict().items()}
+    backbone.load_state_dict(state, strict=False)
+    pixels = torch.randn(1, 3, 64, 96)
+    maps = student(pixels, output_maps=True).feature_maps
+    for norm, m, expected in zip(student.adapter.map_norms(), maps, backbone(pixels).feature_maps, strict=True):
+        torch.testing.assert_close(norm(m), expected)
 
 
 @pytest.mark.parametrize("depth, blocks", [(12, (4, 6, 8, 12)), (24, (8, 12, 16, 24)), (4, (1, 2, 3, 4))])
@@ -185,7 +231,10 @@ def test_frozen_running_statistics_forget_the_batch() -> None:
 @pytest.mark.parametrize(
     "source, message",
     [
-        ({"model_type": "bert"}, "encoders of type 'bert' are not supported.*dinov2, mobilenet_v2, resnet, vit"),
+        (
+            {"model_type": "bert"},
+            "encoders of type 'bert' are not supported.*convnext, dinov2, mobilenet_v2, resnet, swin, vit",
+        ),
         ({"model_type": "resnett"}, "unknown encoder model_type 'resnett'"),
         ({"hidden_size": 3}, "needs 'model_type'"),
         (
@@ -194,6 +243,12 @@ def test_frozen_running_statistics_forget_the_batch() -> None:
         ),
         ({"model_type": "resnet", "layer_type": "wide"}, "bad resnet configuration"),
         ({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8]}, "as many depths as hidden_sizes"),
+        (
+            {"model_type": "convnext", "depths": [1, 1], "hidden_sizes": [8, 8]},
+            "needs num_stages .4. depths and hidden",
+        ),
+        ({"model_type": "swin", "depths": [1, 1]}, "swin needs as many depths as num_heads"),
+        ({"model_type": "swin", "use_absolute_embeddings": True}, "would take one image size only"),
         ("/nowhere/at/all", "that folder does not exist"),
     ],
 )

@@ -15,9 +15,12 @@ from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
 from gkd_hf.models.decode_heads import LinearHead, build_decode_head
-from tests.tiny import ENCODERS, MASK2FORMER
+from tests.tiny import DPT, ENCODERS, MASK2FORMER, UPERNET
 
-HEADS = {"linear": {"type": "linear"}, "mask2former": MASK2FORMER}
+HEADS = {"linear": {"type": "linear"}, "mask2former": MASK2FORMER, "upernet": UPERNET, "dpt": DPT}
+VITS = ("vit", "dinov2")
+# DPT needs the four maps of a ViT
+PAIRS = [(kind, head) for kind in sorted(ENCODERS) for head in sorted(HEADS) if head != "dpt" or kind in VITS]
 
 
 def make_segmenter(kind: str, head: str, seed: int = 0) -> GKDStudentForSemanticSegmentation:
@@ -26,8 +29,7 @@ def make_segmenter(kind: str, head: str, seed: int = 0) -> GKDStudentForSemantic
     return GKDStudentForSemanticSegmentation.from_student(student, num_labels=5, decode_head=HEADS[head])
 
 
-@pytest.mark.parametrize("head", sorted(HEADS))
-@pytest.mark.parametrize("kind", sorted(ENCODERS))
+@pytest.mark.parametrize("kind, head", PAIRS)
 def test_segmenter_learns_and_survives_saving(kind: str, head: str, tmp_path) -> None:
     model = make_segmenter(kind, head)
     pixels = torch.randn(2, 3, 64, 64)
@@ -37,7 +39,9 @@ def test_segmenter_learns_and_survives_saving(kind: str, head: str, tmp_path) ->
     output.loss.backward()
     # End to end, only what distillation alone uses stays without a gradient.
     idle = {name.split(".")[-1] for name, p in model.named_parameters() if p.grad is None}
-    assert idle <= {"mask_token", "mask_pixel"} | ({"weight", "bias"} if kind in ("vit", "dinov2") else set())
+    assert idle <= {"mask_token", "mask_pixel"} | (
+        {"weight", "bias"} if kind in (*VITS, "convnext", "swin") else set()
+    )
     assert torch.isfinite(output.loss) and output.loss_terms
     model.eval()
     logits = model(pixels).logits
@@ -59,7 +63,7 @@ def test_ignored_pixels_do_not_count() -> None:
 
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_a_batch_of_ignored_pixels_gives_a_zero_loss(head: str) -> None:
-    model = make_segmenter("resnet", head)
+    model = make_segmenter("vit" if head == "dpt" else "resnet", head)
     labels = torch.full((2, 64, 64), 255)
     output = model(torch.randn(2, 3, 64, 64), labels=labels)
     output.loss.backward()
@@ -113,6 +117,40 @@ def test_any_image_size_is_taken() -> None:
     whole = model(F.pad(pixels, (0, 2, 0, 6))).logits
     resized = F.interpolate(whole, (56, 72), mode="bilinear", align_corners=False)[..., :50, :70]
     torch.testing.assert_close(model(pixels).logits, resized)
+
+
+@pytest.mark.parametrize("kind, head", [("vit", "dpt"), ("vit", "upernet"), ("resnet", "upernet")])
+def test_heads_keep_the_place_in_images_that_are_not_square(kind: str, head: str) -> None:
+    model = make_segmenter(kind, head).eval()
+    assert model(torch.randn(1, 3, 50, 70)).logits.shape == (1, 5, 50, 70)
+    maps = model.student(torch.randn(1, 3, 64, 128), output_maps=True).feature_maps
+    changed = tuple(m.clone() for m in maps)
+    for m in changed:
+        m[..., : m.shape[-2] // 4, -(m.shape[-1] // 4) :] += 5  # the top right corner
+    difference = (model.decode_head(changed).logits - model.decode_head(maps).logits).abs().sum((0, 1))
+    row, column = divmod(int(difference.argmax()), difference.shape[1])
+    assert row < difference.shape[0] / 2 and column > difference.shape[1] / 2
+
+
+def test_upernet_says_that_one_image_is_too_few() -> None:
+    model = make_segmenter("resnet", "upernet")
+    with pytest.raises(InputError, match="upernet cannot be trained with one image per device"):
+        model(torch.randn(1, 3, 32, 32), labels=torch.zeros(1, 32, 32, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_map_norms_learn_with_the_head(kind: str) -> None:
+    model = make_segmenter(kind, "linear")
+    model.freeze_encoder()
+    model(torch.randn(2, 3, 64, 64), labels=torch.randint(0, 5, (2, 64, 64))).loss.backward()
+    learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning == {"map_norms", "decode_head"}
+    assert all(parameter.grad is not None for parameter in model.map_norms.parameters())
+    channels = model.student.adapter.map_channels
+    maps = [norm(torch.randn(2, c, 3, 4) * 5 + 2) for norm, c in zip(model.map_norms, channels, strict=True)]
+    for normed in maps:  # over the channels of each position
+        torch.testing.assert_close(normed.mean(1), torch.zeros(2, 3, 4), atol=1e-4, rtol=0)
+    assert make_segmenter("resnet", "linear").map_norms is None
 
 
 def test_frozen_encoder_stays_in_eval_mode_and_without_gradients() -> None:
@@ -184,6 +222,19 @@ print("RESULT" + json.dumps([tokens.double().sum().item(), segmenter(pixels).log
     "settings, channels, message",
     [
         ({"type": "linaer"}, (8, 8, 8), "unknown decode_head 'linaer', did you mean 'linear'"),
+        (
+            {"type": "upernet", "hiden_size": 3},
+            (8, 8),
+            "upernet has no option 'hiden_size', did you mean 'hidden_size'",
+        ),
+        ({"type": "upernet", "pool_scales": [0]}, (8, 8), "bad decode_head upernet: pool_scales is .*1 or more"),
+        ({"type": "upernet", "hidden_size": "wide"}, (8, 8), "bad decode_head upernet: .*hidden_size"),
+        (
+            {"type": "dpt"},
+            (8, 8, 8, 8),
+            "dpt needs the four stage maps of one grid .*strides 4, 8, 16, 32: use upernet",
+        ),
+        ({"type": "dpt", "readout_type": "add"}, (8,), "dpt has no option 'readout_type' .*there are: neck_hidden_"),
         ({"type": "linear", "width": 3}, (8, 8, 8), "linear has no options, got width"),
         ({"type": "mask2former", "num_querys": 3}, (8, 8, 8), "no option 'num_querys', did you mean 'num_queries'"),
         ({"type": "mask2former", "hidden_dim": "wide"}, (8, 8, 8), "bad decode_head mask2former: .*hidden_dim"),

@@ -1,0 +1,110 @@
+"""What every encoder adapter answers, and what an encoder says of a batch of images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import InputError
+
+
+@dataclass
+class EncoderOutput:
+    """What an encoder says of B images of H×W pixels.
+
+    Attributes:
+        cls: B×C, the class token after the final norm (ViTs) or the global average of the last map (the others).
+        patches: B×N×C, the patch tokens or the last map's positions, row by row, after the final norm if there is one.
+        grid: (h, w) with h·w = N.
+        maps: stage maps B×C_i×h_i×w_i for a decode head, finest first; empty unless asked for.
+    """
+
+    cls: torch.Tensor
+    patches: torch.Tensor
+    grid: tuple[int, int]
+    maps: tuple[torch.Tensor, ...] = ()
+
+
+class EncoderAdapter(ABC):
+    """Base of the adapters: one architecture, described in one place.
+
+    Attributes:
+        model_class: the transformers class that is trained and saved.
+        native_mask: whether the model takes ``bool_masked_pos``; where it does not, the image is masked.
+        fixed_grid: whether positions are learned for a grid, so that geometry has to be resampled when it changes.
+        norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
+    """
+
+    model_class: type[PreTrainedModel]
+    native_mask = False
+    fixed_grid = False
+    norm_epsilon: float | None = None
+    constructor: dict[str, bool] = {}
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels C of ``cls`` and ``patches``."""
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Pixels per patch token along one axis."""
+
+    @property
+    @abstractmethod
+    def map_channels(self) -> tuple[int, ...]:
+        """Channels C_i of the stage maps."""
+
+    @property
+    @abstractmethod
+    def map_strides(self) -> tuple[int, ...]:
+        """Pixels per position of each stage map along one axis."""
+
+    def build(self) -> PreTrainedModel:
+        """Return the model with random weights."""
+        return self.model_class(self.config, **self.constructor)
+
+    @abstractmethod
+    def forward(
+        self,
+        model: PreTrainedModel,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        output_maps: bool = False,
+        norm_maps: bool = False,
+    ) -> EncoderOutput:
+        """Run ``model`` on B×3×H×W pixels.
+
+        Args:
+            bool_masked_pos: B×N, only for adapters with ``native_mask``.
+            norm_maps: pass the stage maps through the final norm (ViTs only; elsewhere it fits the last map alone).
+        """
+
+    def map_norms(self) -> nn.ModuleList | None:
+        """Return new norms for the stage maps, one each, where transformers' own backbone class has them.
+
+        They are no part of the encoder: a decode head learns them with itself.
+        """
+        return None
+
+    def plain_state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Return the weights as ``AutoModel`` wants them, which builds ``model_class`` without ``constructor``."""
+        return model.state_dict()
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise `InputError` if an H×W image does not cut into whole patches (edge pixels would be dropped)."""
+        for name, size in (("height", height), ("width", width)):
+            if size < self.stride or size % self.stride:
+                best = max(1, round(size / self.stride)) * self.stride
+                raise InputError(
+                    f"image {name} {size} is not a multiple of the patch size {self.stride} of "
+                    f"{self.config.model_type}; the nearest size that is: {best}"
+                )
