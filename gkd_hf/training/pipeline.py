@@ -34,7 +34,7 @@ from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationA
 from gkd_hf.training.checks import check_grids, check_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
-from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_toy_city
+from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
@@ -158,7 +158,7 @@ class Pipeline:
 
     def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
         data = self.recipe.data
-        if is_toy_city(stage.data):
+        if is_rendered(self.recipe, stage.data):
             # Where the scenes are depends on output_dir, which may be moved; what they are does not.
             toy_city = dataclasses.asdict(data.toy_city)
             del toy_city["test_images"]

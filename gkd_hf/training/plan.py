@@ -23,7 +23,7 @@ from gkd_hf.models.loading import config_from_mapping
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
-from gkd_hf.training.recipe_data import TOY_TEACHER, is_toy_city, task_label_space, train_images
+from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_space, train_images
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
@@ -248,7 +248,7 @@ def _data_lines(recipe: Recipe) -> list[str]:
     lines = ["data:"]
     for name in names:
         entry = recipe_domain(name)
-        if is_toy_city(name):
+        if is_rendered(recipe, name):
             place = f"rendered under {Path(recipe.output_dir) / 'data'}"
         elif name in recipe.data.roots:
             place = recipe.data.roots[name]

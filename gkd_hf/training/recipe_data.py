@@ -79,7 +79,7 @@ class RecipeData:
 
     def location(self, name: str) -> str:
         """Folder or Hub id of a domain."""
-        if is_toy_city(name):
+        if is_rendered(self.recipe, name):
             return str(Path(self.recipe.output_dir) / "data" / f"toy_city_{toy_city_style(name)}")
         root = data_root(self.recipe, name)
         if root is None:
@@ -121,7 +121,7 @@ class RecipeData:
         """Write the toy-city domains in use as shards under output_dir/data; what is there already stays."""
         settings = self.recipe.data.toy_city
         for use in self.uses():
-            if is_toy_city(use.domain):
+            if is_rendered(self.recipe, use.domain):
                 write_shards(
                     self.location(use.domain),
                     toy_city_style(use.domain),
@@ -145,7 +145,7 @@ class RecipeData:
         """
         folders = []
         for use in self.uses():
-            if is_toy_city(use.domain):
+            if is_rendered(self.recipe, use.domain):
                 continue  # rendered by this package
             location, rows = self.location(use.domain), self.rows(use)
             label_map = self.label_map(use.domain) if use.labelled else None
@@ -175,7 +175,7 @@ def train_images(recipe: Recipe, name: str, *, ask_hub: bool = True) -> int | No
         name: the domain.
         ask_hub: whether the Hub may be asked how many rows a data set has.
     """
-    if is_toy_city(name):
+    if is_rendered(recipe, name):
         return toy_city_images(recipe, name, "train")
     entry, root = recipe_domain(name), data_root(recipe, name)
     if root is None or (is_hub_id(root) and not ask_hub):
@@ -184,9 +184,9 @@ def train_images(recipe: Recipe, name: str, *, ask_hub: bool = True) -> int | No
     return count_rows(root, entry.split("train"), revision=revision) or entry.train_images
 
 
-def is_toy_city(name: str) -> bool:
-    """Whether a domain is rendered by this package."""
-    return name.partition(":")[0] == "toy_city"
+def is_rendered(recipe: Recipe, name: str) -> bool:
+    """Whether this package renders a domain: a toy city, unless the recipe says where its shards are."""
+    return name.partition(":")[0] == "toy_city" and name not in recipe.data.roots
 
 
 def is_custom(entry: Domain) -> bool:

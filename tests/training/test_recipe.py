@@ -14,7 +14,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
 from gkd_hf.training.recipe import load_recipe, recipe_domain
-from gkd_hf.training.recipe_data import RecipeData, distinct_colours
+from gkd_hf.training.recipe_data import RecipeData, distinct_colours, is_rendered
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
 ROOT = Path(__file__).parents[2]
@@ -241,3 +241,16 @@ def test_stage_is_finished_only_once_its_model_is_whole(tmp_path: Path) -> None:
     assert folder.summary() == {"steps": 1}
     replace_folder(folder.model, lambda place: (place / "newer").write_text("x"))
     assert [path.name for path in folder.model.iterdir()] == ["newer"]
+
+
+def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(tmp_path: Path) -> None:
+    places = ["data.roots.toy_city=org/toy-city", "data.roots.toy_city:night=/data/night"]
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", [*places, f"output_dir={tmp_path}"])
+    data = RecipeData(recipe)
+    assert (data.location("toy_city"), data.location("toy_city:night")) == ("org/toy-city", "/data/night")
+    assert data.location("toy_city:fog") == str(tmp_path / "data" / "toy_city_fog")
+    assert [is_rendered(recipe, name) for name in ("toy_city", "toy_city:night", "toy_city:fog")] == [
+        False,
+        False,
+        True,
+    ]
