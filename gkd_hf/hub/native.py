@@ -29,14 +29,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
 )
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import ModelOutput
 
 from gkd_hf.errors import InputError
+from gkd_hf.hub.conversion import NotNativeError, to_native
 from gkd_hf.hub.remote_code import model_files, save_with_code
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 
+DPT = "DPTForSemanticSegmentation"
 TOLERANCE = 1e-5  # of the largest value compared where that is above 1, else absolute
 
 
@@ -50,6 +53,7 @@ class Exported:
         auto_class: the Auto class that loads it.
         reason: why it is not native, "" if it is.
         max_difference: largest absolute difference to the student (tokens or class logits, fp32, random images).
+        limits: what the exported class cannot do and the student can, "" if nothing.
     """
 
     folder: Path
@@ -58,6 +62,7 @@ class Exported:
     auto_class: str
     reason: str = ""
     max_difference: float | None = None
+    limits: str = ""
 
 
 def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image_size: int) -> Exported:
@@ -91,23 +96,55 @@ def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image
 def export_segmenter(
     segmenter: GKDStudentForSemanticSegmentation, folder: str | os.PathLike, *, image_size: int
 ) -> Exported:
-    """Write the segmenter as a transformers class of its own where there is one, else with its code.
+    """Write the segmenter as one of transformers' own classes where there is one, else with this library's code.
+
+    ============== =============================== ========================= ==============================
+    decode head    ResNet, ConvNeXt, Swin          ViT, DINOv2               MobileNetV2
+    ============== =============================== ========================= ==============================
+    upernet        UperNet…                        UperNet… (Dinov2Backbone) code
+    mask2former    Mask2FormerForUniversal…        code                      code
+    dpt            –                               DPT… (square images)      –
+    linear         code                            code                      code
+    ============== =============================== ========================= ==============================
+
+    Native classes expect sides that are multiples of the encoder's stride, which the preprocessor sees to; the
+    segmenter itself pads others.
 
     Args:
-        image_size: side in pixels of the square images that the segmenter was trained on.
+        image_size: side in pixels of the square images that the segmenter was trained on. There, and but for DPT at
+            another, rectangular size, the logits are compared.
 
     Raises:
         InputError: what was written does not give the segmenter's class logits; nothing is put into ``folder`` then.
     """
     segmenter = _own_copy(segmenter)
-    reason = f"transformers has no class for decode_head {segmenter.config.decode_head['type']}"
+    head = segmenter.config.decode_head["type"]
     with _workshop(folder) as place:
-        save_with_code(segmenter, place)
-        image_processor(segmenter.config, image_size).save_pretrained(place)
+        try:
+            to_native(copy.deepcopy(segmenter), image_size).save_pretrained(place)
+            reason = ""
+        except NotNativeError as error:
+            save_with_code(segmenter, place)
+            reason = str(error)
+        universal = head == "mask2former" and not reason
+        processor = mask2former_processor if universal else image_processor
+        processor(segmenter.config, image_size).save_pretrained(place)
         loaded = load_segmenter(place)
-        sizes = _check_sizes(segmenter.student, image_size)
-        difference = _compare(_class_scores(segmenter), _class_scores(loaded), sizes, "logits", type(loaded).__name__)
-    return Exported(Path(folder), False, type(loaded).__name__, "AutoModelForSemanticSegmentation", reason, difference)
+        name = type(loaded).__name__
+        # DPT takes square images only, and resamples the positions of others differently.
+        sizes = _check_sizes(segmenter.student, image_size)[: 1 if name == DPT else None]
+        difference = _compare(_class_scores(segmenter), _class_scores(loaded), sizes, "class logits", name)
+    return Exported(
+        Path(folder),
+        not reason,
+        name,
+        "AutoModelForUniversalSegmentation" if universal else "AutoModelForSemanticSegmentation",
+        reason,
+        difference,
+        f"transformers' DPT takes square images only; the segmenter's logits are those at {image_size}×{image_size}"
+        if name == DPT
+        else "",
+    )
 
 
 def load_segmenter(
@@ -171,6 +208,18 @@ def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImage
     )
 
 
+def mask2former_processor(config: GKDStudentConfig, image_size: int) -> Mask2FormerImageProcessorPil:
+    """The same for transformers' Mask2Former, whose outputs only its own processor can read."""
+    return Mask2FormerImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        size_divisor=0,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        do_reduce_labels=False,
+        ignore_index=config.semantic_loss_ignore_index,
+    )
+
+
 def _load(kind: Any, source: str, revision: str | None, **kwargs: Any) -> PreTrainedModel:
     return kind.from_pretrained(source, revision=revision or "main", use_safetensors=True, **kwargs).eval()
 
@@ -229,6 +278,8 @@ def _compare(
     worst = 0.0
     for height, width in sizes:
         pixels = torch.randn(1, 3, height, width, generator=generator)
+        # The layout in which convolutional students run: another would round otherwise.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         expected, got = ours(pixels), theirs(pixels)
         difference = (expected - got).abs().max().item()
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())
