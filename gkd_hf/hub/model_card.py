@@ -1,0 +1,349 @@
+"""The model cards of a run: an object that the run fills, rendered from model_cards/TEMPLATE.md by the Hub's classes.
+
+Numbers are report.json's own. What did not happen is said not to have happened: a recipe that was never run gets a
+card without a single figure.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from gkd_hf.data.shards import is_hub_id
+from gkd_hf.evaluation.report_text import markdown_table, percent, signed
+from gkd_hf.hub.licences import card_domain, data_terms, derived_licence, ingredients
+from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
+
+TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card" / "TEMPLATE.md"
+ARXIV = "2603.02554"
+METHOD_TITLES = {"gkd": "GKD", "mse": "MSE"}
+BASELINE_TITLES = {"none": "alone"}
+STAGES = {
+    "task_agnostic": ("broad images, no labels", "the student, to give the teacher's tokens"),
+    "domain_agnostic": ("the source domain's images, no labels", "the student, to give the teacher's tokens"),
+    "task": ("the source domain's images and labels", "the decode head; the student is frozen"),
+    "none": ("the source domain's images and labels", "*alone*: the same student and head, end to end"),
+}
+# The configuration classes say what they are; people use these names.
+MODEL_TITLES = {"dinov2": "DINOv2", "vit": "ViT", "resnet": "ResNet", "convnext": "ConvNeXt", "swin": "Swin"}
+
+
+@dataclass(frozen=True)
+class RepoNames:
+    """What a reader types to load the two artefacts: Hub ids, or folders where nothing was pushed."""
+
+    encoder: str
+    segmenter: str
+    on_hub: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], repo_id: str | None = None) -> RepoNames:
+        """The names for `repo_id`; without one, the run's folders as the recipe has them."""
+        if repo_id is None:
+            folder = shortened(settings.get("output_dir") or ".")
+            return cls(f"{folder}/encoder", f"{folder}/segmenter")
+        task = (settings.get("stages") or {}).get("task")
+        return cls(repo_id, segmenter_repo(repo_id, task["data"]) if task else "", on_hub=True)
+
+
+def segmenter_repo(repo_id: str, source: str) -> str:
+    """`org/gkd-x`, `toy_city:night` → `org/gkd-x-toy_city-night`: a domain's name may hold what a repo's may not."""
+    allowed = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in source
+    )
+    return f"{repo_id}-{allowed}"
+
+
+@dataclass
+class GKDModelCard:
+    """The card of a run's encoder or segmenter.
+
+    Args:
+        artefact: which of the two. facts: what the run told. names: how the two are loaded.
+        report: the content of report.json; None: nothing was evaluated.
+        files: what lies beside the card, as paths within the folder.
+        license: the Hub's licence id; None: the recipe's, or derived.
+    """
+
+    artefact: Literal["encoder", "segmenter"]
+    facts: RunFacts
+    names: RepoNames
+    report: Mapping[str, Any] | None = None
+    files: frozenset[str] = field(default_factory=frozenset)
+    license: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of this artefact: a Hub id or a folder."""
+        return self.names.encoder if self.artefact == "encoder" else self.names.segmenter
+
+    @property
+    def title(self) -> str:
+        """What the model is called."""
+        if self.names.on_hub:
+            return self.name.partition("/")[2]
+        run = Path(self.name).parent.name
+        return f"{run or 'gkd'}-{self.artefact}"
+
+    def render(self) -> ModelCard:
+        """Return the card; its metadata was parsed back from what was written."""
+        card = ModelCard.from_template(self.metadata(), template_path=str(TEMPLATE), **self._values())
+        # What a template leaves out leaves its empty lines behind.
+        card.text = "\n" + re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
+        return card
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write README.md into a folder."""
+        path = Path(folder) / "README.md"
+        self.render().save(path)
+        return path
+
+    # -- metadata -----------------------------------------------------------------------------------------------------
+
+    def metadata(self) -> ModelCardData:
+        """The card's YAML header."""
+        settings = self.facts.settings
+        page = f"https://huggingface.co/{self.name}" if self.names.on_hub else ""
+        chosen = {"hub": {"license": self.license}} if self.license else {}
+        licence = derived_licence({**settings, **chosen}, page)
+        base = self._student_id
+        segmenter = self.artefact == "segmenter"
+        tags = ["gkd", "knowledge-distillation", "domain-generalization", "semantic-segmentation", f"arxiv:{ARXIV}"]
+        results = self._eval_results()
+        extra: dict[str, Any] = {}
+        if base is not None:
+            extra["base_model_relation"] = "finetune"
+        if segmenter and "example.png" in self.files:
+            extra["widget"] = [{"src": "example.png", "example_title": "An image of a domain unseen in training"}]
+        return ModelCardData(
+            library_name="transformers",
+            pipeline_tag="image-segmentation" if segmenter else "image-feature-extraction",
+            license=licence.id,
+            license_name=licence.name,
+            license_link=licence.link,
+            base_model=base,
+            datasets=self._hub_datasets() or None,
+            metrics=["mean_iou"] if self.report else None,
+            tags=[*tags, "custom_code"] if self._facts_here and not self._facts_here.native else tags,
+            model_name=self.title if results else None,
+            eval_results=results or None,
+            **extra,
+        )
+
+    @property
+    def _facts_here(self) -> ArtefactFacts | None:
+        return self.facts.encoder if self.artefact == "encoder" else self.facts.segmenter
+
+    @property
+    def _student_id(self) -> str | None:
+        """Hub id of the weights the student began with."""
+        student = self.facts.settings.get("student") or {}
+        encoder = student.get("encoder")
+        if isinstance(encoder, str) and student.get("pretrained") and is_hub_id(encoder):
+            return encoder
+        return None
+
+    def _trained_domains(self) -> list[str]:
+        stages = (self.facts.settings.get("stages") or {}).values()
+        return list(dict.fromkeys(stage["data"] for stage in stages if stage))
+
+    def _hub_datasets(self) -> list[str]:
+        roots = (self.facts.settings.get("data") or {}).get("roots") or {}
+        places = [roots[name] for name in self._trained_domains() if name in roots]
+        return list(dict.fromkeys(place for place in places if is_hub_id(place)))
+
+    def _eval_results(self) -> list[EvalResult]:
+        if not self.report:
+            return []
+        results = dict(self.report["targets"])
+        if self.report["source_result"] is not None:
+            results = {self.report["source"]: self.report["source_result"]} | results
+        found = []
+        for name, result in results.items():
+            if result["miou"] is None:
+                continue
+            unseen = name in self.report["targets"]
+            place = ((self.facts.settings.get("data") or {}).get("roots") or {}).get(name, "")
+            found.append(
+                EvalResult(
+                    task_type="image-segmentation",
+                    task_name="Semantic segmentation",
+                    dataset_type=place if is_hub_id(place) else name,
+                    dataset_name=f"{name} ({'unseen in training' if unseen else 'source, held out'})",
+                    dataset_split=card_domain(name).splits.get("test"),
+                    metric_type="mean_iou",
+                    metric_name="mean IoU in percent",
+                    metric_value=result["miou"],
+                )
+            )
+        return found
+
+    # -- body ---------------------------------------------------------------------------------------------------------
+
+    def _values(self) -> dict[str, Any]:
+        settings, facts = self.facts.settings, self._facts_here
+        task = (settings.get("stages") or {}).get("task")
+        method = settings.get("method")
+        distilled = any(stage for name, stage in (settings.get("stages") or {}).items() if name != "task")
+        return {
+            "title": self.title,
+            "artefact": self.artefact,
+            "names": self.names,
+            "name": self.name,
+            "on_hub": self.names.on_hub,
+            "facts": facts,
+            "head": self.facts.segmenter.decode_head if self.facts.segmenter else "",
+            "method": METHOD_TITLES.get(method, "GKD") if distilled or not settings else "none",
+            "student": self._student(),
+            "teacher": self._teacher(),
+            "geometry": (settings.get("teacher") or {}).get("geometry"),
+            "source": task["data"] if task else None,
+            "domains": ", ".join(self.report["targets"]) if self.report else ", ".join(settings.get("evaluate") or []),
+            "parameters": f"{facts.parameters / 1e6:.2f} M" if facts else None,
+            "report": self.report,
+            "by_domain": self.by_domain() if self.report else None,
+            "by_class": self.by_class() if self.report else None,
+            "baseline": bool(self.report and self.report["baselines"]),
+            "toy": any(name.partition(":")[0] == "toy_city" for name in self._trained_domains()),
+            "figure": "report.png" in self.files,
+            "onnx": "onnx/model.onnx" in self.files,
+            "handler": "handler.py" in self.files,
+            "command": self.facts.command,
+            "plan": self._plan(),
+            "stages": self._stage_table(),
+            "recipe": self._recipe(),
+            "versions": markdown_table(["package", "version"], self.facts.versions.items(), align="---"),
+            "has_versions": bool(self.facts.versions),
+            "seed": settings.get("seed"),
+            "commits": self.facts.commits,
+            "terms": self._terms(),
+            "licence": self.metadata().license,
+            "arxiv": ARXIV,
+        }
+
+    def _student(self) -> str:
+        student = self.facts.settings.get("student") or {}
+        encoder = student.get("encoder")
+        if isinstance(encoder, Mapping):
+            kind = MODEL_TITLES.get(encoder.get("model_type"), encoder.get("model_type"))
+            return f"a small {kind} that began from random weights"
+        if encoder is None:
+            return f"a {self._facts_here.architecture}" if self._facts_here else "a vision encoder"
+        name = _linked(encoder)
+        return name if student.get("pretrained") else f"the architecture of {name}, begun from random weights"
+
+    def _teacher(self) -> str:
+        teacher = self.facts.settings.get("teacher") or {}
+        name = teacher.get("name")
+        if not name or name == "???":
+            return "a teacher of your choice" if self.facts.settings.get("teacher") else "a vision foundation model"
+        return "the toy ViT that ships with gkd_hf" if name == "toy" else _linked(name)
+
+    def rows_by_domain(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of mean IoU by domain, in percent: the source first, the mean of the unseen last."""
+        report = self.report
+        columns = {BASELINE_TITLES.get(name, name): section for name, section in report["baselines"].items()}
+        columns[self._column] = report
+        gain = ["gain"] if report["baselines"] else []
+
+        def row(label: str, values: list[float | None], images: str) -> list[str]:
+            numbers = [math.nan if value is None else value for value in values]
+            gained = [signed(numbers[-1] - numbers[0])] if gain else []
+            return [label, *map(percent, numbers), *gained, images]
+
+        rows = []
+        if report["source_result"] is not None:
+            values = [(section["source_result"] or {}).get("miou") for section in columns.values()]
+            rows.append(row(f"{report['source']} (source)", values, str(report["source_result"]["images"])))
+        for name, result in report["targets"].items():
+            values = [section["targets"].get(name, {}).get("miou") for section in columns.values()]
+            rows.append(row(name, values, str(result["images"])))
+        means = [section["mean_target_miou"] for section in columns.values()]
+        count = len(report["targets"])
+        rows.append(row(f"mean of {count} unseen domain{'s' * (count != 1)}", means, ""))
+        return ["domain", *columns, *gain, "images"], rows
+
+    @property
+    def _column(self) -> str:
+        settings = self.facts.settings or self.report.get("settings", {})
+        distilled = any(stage for name, stage in settings.get("stages", {}).items() if name != "task")
+        return METHOD_TITLES.get(settings.get("method"), "GKD") if distilled else "frozen"
+
+    def by_domain(self) -> str:
+        """Markdown table of mean IoU by domain."""
+        header, rows = self.rows_by_domain()
+        rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
+        return markdown_table(header, rows)
+
+    def by_class(self) -> str:
+        """Markdown table of IoU by class and domain, with the gain over the first baseline in brackets."""
+        report = self.report
+        sections = {name: (result, "targets") for name, result in report["targets"].items()}
+        if report["source_result"] is not None:
+            sections = {f"{report['source']} (source)": (report["source_result"], "source")} | sections
+        first = next(iter(report["baselines"].values()), None)
+        classes = next(iter(sections.values()))[0]["per_class"] if sections else {}
+        rows = []
+        for label in classes:
+            cells = []
+            for domain, (result, kind) in sections.items():
+                value = result["per_class"][label]
+                cell = percent(math.nan if value is None else value)
+                other = None
+                if first is not None:
+                    there = first["source_result"] if kind == "source" else first["targets"].get(domain)
+                    other = (there or {}).get("per_class", {}).get(label)
+                cells.append(cell if value is None or other is None else f"{cell} ({signed(value - other)})")
+            rows.append([label, *cells])
+        return markdown_table(["class", *sections], rows)
+
+    def _plan(self) -> str:
+        settings = self.facts.settings
+        names = [
+            name for name, stage in (settings.get("stages") or dict.fromkeys(list(STAGES)[:3], True)).items() if stage
+        ]
+        rows = [[f"`{name}`", *STAGES[name]] for name in [*names, *(settings.get("baselines") or [])]]
+        return markdown_table(["stage", "data", "what is trained"], rows, align="---")
+
+    def _stage_table(self) -> str | None:
+        if not self.facts.stages:
+            return None
+        rows = []
+        for name, stage in self.facts.stages.items():
+            recipe = (self.facts.settings.get("stages") or {}).get("task" if name == "none" else name) or {}
+            losses = ", ".join(f"{key.removeprefix('loss_')} {value:.4g}" for key, value in stage.losses.items())
+            data = recipe.get("data", "–")
+            rows.append(
+                [f"`{name}`", data, stage.steps, stage.batch_size, f"{stage.learning_rate:.3g}", losses or "–"]
+                + [f"{stage.seconds:.0f} s", f"{stage.hardware}, {stage.precision}"]
+            )
+        header = ["stage", "data", "steps", "batch", "learning rate", "last losses", "time", "on"]
+        return markdown_table(header, rows, align="---")
+
+    def _recipe(self) -> str | None:
+        if not self.facts.settings:
+            return None
+        settings = {key: value for key, value in shortened(self.facts.settings).items() if key != "hub"}
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+
+    def _terms(self) -> str | None:
+        settings = self.facts.settings
+        if not settings:
+            return None
+        terms = ingredients(settings)
+        known = {each.name for each in terms}
+        terms += [data_terms(name, "measured on") for name in settings.get("evaluate") or [] if name not in known]
+        rows = [[each.role, f"`{shortened(each.name)}`", each.words, each.page or "–"] for each in terms]
+        return markdown_table(["used as", "what", "licence", "page"], rows, align="---")
+
+
+def _linked(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{shortened(name)}`"
