@@ -50,7 +50,7 @@ def test_settings_that_changed_since(run_gkd: ModuleType, recipe: Path, refused:
         ("evaluate=[cityscape]", "unknown domain 'cityscape', did you mean 'cityscapes'?"),
         ("evaluate=[toy_city:nigt]", "'toy_city:nigt'"),
         ("baselines=[cwd]", "baselines is 'cwd' (available: none)"),
-        ("stages.task.decode_head=upernet", "(available: linear, mask2former)"),
+        ("stages.task.decode_head=upnet", "did you mean 'upernet'? (available: linear, mask2former, upernet, dpt)"),
         ("stages.task.batch_size=many", "key stages.task.batch_size: Value 'many'"),
         ("stages.task.batch_size=0", "stages.task.batch_size is 0: it must be more than 0"),
         ("stages.task.epochs=3", "both are given"),

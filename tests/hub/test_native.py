@@ -1,0 +1,322 @@
+"""Exported encoders and segmenters, loaded by transformers alone, give what the student gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+
+from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
+from gkd_hf.hub import conversion, native
+from gkd_hf.hub.native import Exported, class_logits, export_encoder, export_segmenter, load_segmenter
+from gkd_hf.models.transformer_encoders import ViTAdapter
+from tests.tiny import DPT, ENCODERS, MASK2FORMER, UPERNET
+
+SIZE = 64
+CLASSES = ("road", "car", "tree", "sky", "wall")
+KINDS = {
+    **{kind: ENCODERS[kind] for kind in ("resnet", "convnext", "swin", "vit")},
+    "dinov2": ENCODERS["dinov2"] | {"num_hidden_layers": 4, "layerscale_value": 0.3},
+}
+HEADS = {"linear": {"type": "linear"}, "mask2former": MASK2FORMER, "upernet": UPERNET, "dpt": DPT}
+CODE = "GKDStudentForSemanticSegmentation"
+UPERNET_CLASS, MASK2FORMER_CLASS = "UperNetForSemanticSegmentation", "Mask2FormerForUniversalSegmentation"
+STAGES = {"upernet": UPERNET_CLASS, "mask2former": MASK2FORMER_CLASS, "linear": CODE}
+ONE_GRID = {"upernet": UPERNET_CLASS, "dpt": "DPTForSemanticSegmentation", "mask2former": CODE}
+ARCHITECTURES = {kind: ONE_GRID if kind in ("vit", "dinov2") else STAGES for kind in KINDS}
+
+
+def make_segmenter(kind: str, head: str, **settings: object) -> GKDStudentForSemanticSegmentation:
+    """A segmenter whose every weight and statistic is far from where it started."""
+    torch.manual_seed(0)
+    student = GKDStudentModel.from_encoder(KINDS[kind] | settings if kind in KINDS else ENCODERS[kind])
+    segmenter = GKDStudentForSemanticSegmentation.from_student(
+        student, num_labels=len(CLASSES), id2label=dict(enumerate(CLASSES)), decode_head=HEADS[head]
+    )
+    with torch.no_grad():
+        for parameter in segmenter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for module in segmenter.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+    return segmenter.eval()
+
+
+def plain_tokens(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """The patch tokens of a plain transformers encoder, without this library's adapters."""
+    any_size = {"interpolate_pos_encoding": True} if model.config.model_type == "vit" else {}
+    states = model(pixels, **any_size).last_hidden_state
+    if states.ndim == 4:
+        states = states.flatten(2).transpose(1, 2)
+    if model.config.model_type == "convnext":
+        states = model.layernorm(states)
+    return states[:, 1:] if model.config.model_type in ("vit", "dinov2") else states
+
+
+def scores(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return class_logits(model(pixels), tuple(pixels.shape[-2:]))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_is_exported_is_what_was_trained(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    square, wide = torch.randn(2, 3, SIZE, SIZE), torch.randn(1, 3, SIZE, 96)
+    for head, architecture in ARCHITECTURES[kind].items():
+        segmenter = make_segmenter(kind, head)
+        exported = export_segmenter(segmenter, tmp_path / head, image_size=SIZE)
+        assert (exported.architecture, exported.native) == (architecture, architecture != CODE), exported
+        assert bool(exported.reason) != exported.native and exported.max_difference <= 1e-5
+        assert json.loads((tmp_path / head / "config.json").read_text())["architectures"] == [architecture]
+        assert bool(list((tmp_path / head).glob("*.py"))) != exported.native
+        auto_class = getattr(transformers, exported.auto_class)
+        loaded, report = auto_class.from_pretrained(tmp_path / head, output_loading_info=True)
+        assert not any(report.values()), report
+        assert loaded.config.id2label == dict(enumerate(CLASSES))
+        for pixels in (square,) if head == "dpt" else (square, wide):
+            expected = scores(segmenter, pixels)
+            assert expected.std() > 1e-2
+            torch.testing.assert_close(scores(loaded, pixels), expected, atol=1e-5, rtol=1e-5)
+        processor = AutoImageProcessor.from_pretrained(tmp_path / head)
+        pixels = processor(Image.new("RGB", (90, 50)), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, SIZE, SIZE)
+        torch.testing.assert_close(pixels[0, :, 0, 0], -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225]))
+
+    exported = export_encoder(segmenter.student, tmp_path / "encoder", image_size=SIZE)
+    assert exported.native and exported.auto_class == "AutoModel" and exported.max_difference <= 1e-5
+    loaded, report = AutoModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert type(loaded).__name__ == exported.architecture
+    assert not any(report.values()), report  # no weight is made up
+    for pixels in (square, wide):
+        expected = segmenter.student(pixels).last_hidden_state
+        torch.testing.assert_close(plain_tokens(loaded, pixels), expected, atol=1e-5, rtol=1e-5)
+    again = GKDStudentModel.from_encoder(tmp_path / "encoder").eval()
+    torch.testing.assert_close(again(square).pooler_output, segmenter.student(square).pooler_output)
+
+
+def test_exporting_leaves_the_segmenter_as_it_was(tmp_path: Path) -> None:
+    segmenter = make_segmenter("vit", "dpt").train()
+    segmenter.freeze_encoder()
+    before = {key: value.clone() for key, value in segmenter.state_dict().items()}
+    config = segmenter.config.to_dict()
+    export_segmenter(segmenter, tmp_path / "segmenter", image_size=SIZE)  # positions for another size than 32
+    assert segmenter.decode_head.training and segmenter.config.to_dict() == config
+    assert segmenter.student.encoder.config.image_size == 32
+    assert all(torch.equal(value, before[key]) for key, value in segmenter.state_dict().items())
+
+
+@pytest.mark.parametrize("kind, head", [("resnet", "upernet"), ("swin", "mask2former"), ("dinov2", "dpt")])
+def test_a_wrong_conversion_is_refused(kind: str, head: str, tmp_path: Path, monkeypatch) -> None:
+    right = conversion.HEADS[head]
+
+    def wrong(*arguments: object) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        model, state = right(*arguments)
+        name = next(name for name in reversed(state) if name.endswith("weight") and state[name].ndim == 4)
+        state[name] = state[name].clone()
+        state[name][0] += 1e-2
+        return model, state
+
+    monkeypatch.setitem(conversion.HEADS, head, wrong)
+    folder = tmp_path / "segmenter"
+    with pytest.raises(
+        InputError, match=r"does not give the student's class logits .*64×64.* differ by .*nothing was"
+    ):
+        export_segmenter(make_segmenter(kind, head), folder, image_size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_with_other_weights_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(conversion, "_VIT_TO_DINOV2", conversion._VIT_TO_DINOV2[:-1])
+    with pytest.raises(InputError, match="UperNetForSemanticSegmentation does not have the weights expected"):
+        export_segmenter(make_segmenter("vit", "upernet"), tmp_path / "segmenter", image_size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_encoder_is_refused(tmp_path: Path, monkeypatch) -> None:
+    right = ViTAdapter.plain_state
+    monkeypatch.setattr(ViTAdapter, "plain_state", lambda *a: right(*a) | {"layernorm.bias": torch.full((24,), 1e-3)})
+    with pytest.raises(InputError, match="the exported ViTModel does not give the student's tokens"):
+        export_encoder(make_segmenter("vit", "linear").student, tmp_path / "encoder", image_size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind, head, settings, size, reason",
+    [
+        ("vit", "linear", {}, SIZE, "no class for decode_head linear"),
+        ("mobilenet_v2", "upernet", {}, SIZE, "no backbone class for mobilenet_v2"),
+        ("vit", "mask2former", {}, SIZE, "does not make a pyramid of the maps of a vit"),
+        ("vit", "upernet", {"intermediate_size": 40}, SIZE, "whole multiple of its width, this ViT's is 40 for 24"),
+        ("dinov2", "upernet", {"num_hidden_layers": 3}, SIZE, r"reads blocks \[1, 2, 2, 3\]"),
+        ("dinov2", "dpt", {"use_swiglu_ffn": True}, SIZE, "no SwiGLU"),
+        ("swin", "upernet", {"window_size": 4}, SIZE, "maps of 4×4, no larger than its window of 4"),
+        ("resnet", "upernet", {}, 72, "72 is not a multiple of the encoder's stride 16"),
+    ],
+)
+def test_what_cannot_be_native_says_why(
+    kind: str, head: str, settings: dict[str, object], size: int, reason: str, tmp_path: Path
+) -> None:
+    segmenter = make_segmenter(kind, head, **settings)
+    exported = export_segmenter(segmenter, tmp_path / "segmenter", image_size=size)
+    assert not exported.native and exported.architecture == CODE
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(exported.reason)
+    loaded = load_segmenter(tmp_path / "segmenter")
+    pixels = torch.randn(1, 3, size, size)
+    assert torch.equal(scores(loaded, pixels), scores(segmenter, pixels))
+
+
+def test_with_this_library_its_own_code_is_used(tmp_path: Path) -> None:
+    export_segmenter(make_segmenter("resnet", "linear"), tmp_path / "segmenter", image_size=SIZE)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "segmenter")
+    assert type(loaded) is GKDStudentForSemanticSegmentation
+    assert type(load_segmenter(tmp_path / "segmenter", trust_remote_code=True)) is GKDStudentForSemanticSegmentation
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "segmenter"
+    export_segmenter(make_segmenter("resnet", "linear"), folder, image_size=SIZE)
+    (folder / "README.md").write_text("kept")
+    (folder / "handler.py").write_text("kept")
+    export_segmenter(make_segmenter("resnet", "upernet"), folder, image_size=SIZE)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "handler.py"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_mask2formers_scores_are_summed_over_its_queries() -> None:
+    classes, masks = torch.randn(1, 3, 6), torch.randn(1, 3, 4, 4)
+    outputs = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+    expected = sum(classes[0, query].softmax(0)[:5, None, None] * masks[0, query].sigmoid() for query in range(3))
+    torch.testing.assert_close(class_logits(outputs, (4, 4))[0], expected)
+    assert class_logits(outputs, (8, 12)).shape == (1, 5, 8, 12)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (None, "cannot read a segmenter from"),
+        ({"model_type": "resnet"}, "is a resnet, which is no semantic segmenter"),
+        ({"model_type": "gkd_student"}, "a student without a decode head"),
+        ({"model_type": "other", "auto_map": {"AutoConfig": "x.Y"}}, "read it, then allow it with trust_remote_code"),
+        ({"model_type": "upernet"}, "cannot read a segmenter from .*safetensors"),
+    ],
+)
+def test_what_is_no_segmenter_is_refused(config: dict | None, message: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as refusal:
+        load_segmenter(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+STRANGER = """
+import json, sys
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+import transformers
+from transformers import AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
+recorded = load_file(folder + "/recorded.safetensors")
+pixels, report = recorded["pixels"], {}
+image = Image.open(folder + "/image.png")
+
+def segments(name, **settings):
+    found = pipeline("image-segmentation", model=f"{folder}/{name}", **settings)(image)
+    covered = sum(torch.tensor(list(s["mask"].getdata())).bool().int() for s in found)
+    return [[s["label"] for s in found], [list(s["mask"].size) for s in found], covered.unique().tolist()]
+
+with torch.no_grad():
+    for name, auto_class, settings in cases:
+        model = getattr(transformers, auto_class).from_pretrained(f"{folder}/{name}", **settings)
+        output = model(pixels)
+        key = {"AutoModel": "last_hidden_state", "AutoModelForUniversalSegmentation": "masks_queries_logits"}
+        got = output[key.get(auto_class, "logits")]
+        report[name] = [type(model).__name__, (got - recorded[name]).abs().max().item()]
+    report["pipelines"] = {
+        "upernet": segments("upernet"),
+        "mask2former": segments("mask2former", subtask="semantic"),
+        "code": segments("code", trust_remote_code=True),
+    }
+    student = AutoModel.from_pretrained(f"{folder}/code", trust_remote_code=True)
+    report["student"] = (student(pixels).last_hidden_state - recorded["student"]).abs().max().item()
+try:
+    AutoModelForSemanticSegmentation.from_pretrained(f"{folder}/code")
+except ValueError as error:
+    report["refusal"] = str(error)
+report["modules"] = sorted(name for name in sys.modules if name.split(".")[0] == "gkd_hf")
+print("REPORT" + json.dumps(report))
+"""
+
+
+def test_a_stranger_loads_it_all(tmp_path: Path, bare_python: Path) -> None:
+    """In an environment with only torch, transformers, pillow and scipy: models, remote code, the pipeline."""
+    torch.manual_seed(2)
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    recorded, cases = {"pixels": pixels}, []
+
+    def record(name: str, exported: Exported, output: torch.Tensor) -> None:
+        recorded[name] = output.detach().contiguous()
+        settings = {} if exported.native else {"trust_remote_code": True}
+        cases.append((name, exported.auto_class, settings))
+
+    with torch.no_grad():
+        for kind in KINDS:
+            student = make_segmenter(kind, "linear").student
+            student.set_geometry(SIZE)  # AutoModel knows of no other size than the one that positions are for
+            exported = export_encoder(student, tmp_path / kind, image_size=SIZE)
+            record(kind, exported, student.encoder(pixels).last_hidden_state)
+        for name, kind, head in (
+            ("upernet", "vit", "upernet"),
+            ("dpt", "dinov2", "dpt"),
+            ("code", "vit", "mask2former"),
+        ):
+            segmenter = make_segmenter(kind, head)
+            exported = export_segmenter(segmenter, tmp_path / name, image_size=SIZE)
+            logits = scores(segmenter, pixels) if name == "upernet" else segmenter(pixels).logits
+            record(name, exported, logits)
+        recorded["student"] = segmenter.student(pixels).last_hidden_state.contiguous()
+        exported = export_segmenter(make_segmenter("resnet", "mask2former"), tmp_path / "mask2former", image_size=SIZE)
+        record("mask2former", exported, native.load_segmenter(tmp_path / "mask2former")(pixels).masks_queries_logits)
+    save_file(recorded, tmp_path / "recorded.safetensors")
+    noise = torch.randint(0, 256, (6, 9, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).resize((90, 60)).save(tmp_path / "image.png")
+
+    run = subprocess.run(
+        [bare_python, "-c", STRANGER, tmp_path, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.split("REPORT")[1])
+    assert report["modules"] == [] and report["student"] <= 1e-5
+    for name, *_ in cases:
+        assert report[name][1] <= 1e-5, (name, report[name])
+    assert [report[kind][0] for kind in ("resnet", "swin", "vit", "code")] == [
+        "ResNetModel",
+        "SwinModel",
+        "ViTModel",
+        CODE,
+    ]
+    assert "trust_remote_code=True" in report["refusal"]
+    assert "newly initialized" not in run.stderr
+    for name, (labels, sizes, covered) in report["pipelines"].items():
+        assert labels and set(labels) <= set(CLASSES), name
+        assert sizes == [[90, 60]] * len(labels) and covered == [1], name  # every pixel in exactly one mask
