@@ -40,13 +40,14 @@ class StageFacts:
 
 @dataclass
 class ArtefactFacts:
-    """What was exported: its class, the Auto class that loads it, parameters, side of the preprocessor's images."""
+    """What was exported (as in `Exported`), its parameters, the side of its preprocessor's images, its head's type."""
 
     architecture: str
     auto_class: str
     native: bool
     reason: str
     max_difference: float | None
+    limits: str
     image_size: int
     parameters: int
     decode_head: str = ""
@@ -60,6 +61,7 @@ class ArtefactFacts:
             exported.native,
             exported.reason,
             exported.max_difference,
+            exported.limits,
             image_size,
             sum(parameter.numel() for parameter in model.parameters()),
             decode_head,

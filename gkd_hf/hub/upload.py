@@ -1,4 +1,4 @@
-"""Upload a finished folder to the Hub: one commit, of listed kinds of files only, with patience for a Hub in trouble."""
+"""Upload a finished folder to the Hub: one commit, only of files that an export writes, with patience for trouble."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ _OURS = (
     "example.png",
     "onnx/*.onnx",
 )
-_NEEDED = ("config.json", "README.md")
 T = TypeVar("T")
 
 
@@ -137,7 +136,7 @@ def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
         if any(part.startswith((".", "__pycache__")) for part in Path(name).parts) or path.is_dir():
             continue
         (found if is_ours(name) and path.is_file() and not path.is_symlink() else left_out).append(name)
-    missing = [name for name in _NEEDED if name not in found]
+    missing = [name for name in ("config.json",) if name not in found]
     if not any(name.endswith(".safetensors") for name in found):
         missing.append("model.safetensors")
     if missing:

@@ -8,8 +8,10 @@ anything from the memory of the one before, only what that one saved, and seeds 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,23 +22,24 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
-from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
-from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
-from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_versions
+from gkd_hf.hub.push import check_finished, check_push_rights, push_run, write_cards
+from gkd_hf.hub.run_facts import RunFacts, StageFacts, command_line
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
+from gkd_hf.training.artefacts import resolved_commits, same_settings, write_encoder, write_segmenter
 from gkd_hf.training.checks import check_grids, check_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
-from gkd_hf.training.stage_folder import StageFolder, replace_folder
+from gkd_hf.training.stage_folder import StageFolder
 
 OBJECTIVES = dict(zip(METHODS, ("qsd", "mse"), strict=True))
 COPIED_SETTINGS = ("weight_decay", "gradient_accumulation_steps", "sync_batch_norm", "save_steps", "logging_steps")
@@ -59,8 +62,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         The content of report.json; without a task stage `{"encoder": folder}`.
 
     Raises:
-        InputError: anything wrong in recipe, models or data, before any training; afterwards more than 1 % unreadable
-            images, or a loss that is not finite.
+        InputError: anything wrong in recipe, models or data, or in the right to push, before any training; afterwards
+            more than 1 % unreadable images, a loss that is not finite, or, with everything saved, a push that failed.
     """
     # What is loaded and saved is told by the stages; bars for it would tear the training's bar apart.
     transformers_logging.disable_progress_bar()
@@ -81,12 +84,22 @@ class Pipeline:
         self.output_dir = Path(recipe.output_dir)
         self.data = RecipeData(recipe)
         self.folders = self._folders()
+        self.facts = RunFacts(
+            settings=recipe.as_dict(),
+            command=command_line(sys.argv, self.state.num_processes),
+            versions=package_versions(),
+        )
 
     def run(self) -> dict[str, Any]:
         """See `run`."""
         recipe = self.recipe
+        done = self._published_only()
+        if done is not None:
+            return done
         if self.state.is_main_process:
             check_output_dir(self.output_dir)
+            if recipe.hub.repo_id is not None:
+                check_push_rights(recipe.hub.repo_id)
             self.check_models()
             self.data.render_toy_city(progress=True)
             self.data.check_rows()
@@ -105,8 +118,13 @@ class Pipeline:
         report = self._report(trainer, previous)
         if self.state.is_main_process:
             report.write(self.output_dir)
+            size = recipe.stages.task.image_size
+            write_encoder(self.output_dir / "encoder", trainer.model.student, self.facts, size)
+            write_segmenter(self.output_dir / "segmenter", trainer.model, self.facts, size, report)
+            self._write_cards()
             print(f"\n{report.table()}", flush=True)
         self.state.wait_for_everyone()
+        self._push()
         return report.as_dict()
 
     # -- before any training ------------------------------------------------------------------------------------------
@@ -135,6 +153,8 @@ class Pipeline:
                     self._new_segmenter(student, stage)
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
+        loaded = {"student": student.encoder, "teacher": teacher and teacher.encoder}
+        self.facts.commits = resolved_commits(self.recipe, loaded)
 
     def _folders(self) -> dict[str, StageFolder]:
         """The folder of every stage and baseline, with what decides its outcome."""
@@ -248,10 +268,12 @@ class Pipeline:
         trainer.train(resume_from_checkpoint=True)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
+            recorder = trainer.recorder
             summary = {
                 "steps": trainer.state.global_step,
                 "seconds_since_last_start": round(time.monotonic() - began, 1),
                 "skipped_rows": trainer.bad_rows,
+                "facts": dataclasses.asdict(recorder.facts or recorder.read(trainer.args, trainer.state)),
             }
             folder.finish(save, summary)
         self.state.wait_for_everyone()
@@ -368,8 +390,6 @@ class Pipeline:
     def _report(self, trainer: GKDSegmentationTrainer, last: StageFolder | None) -> DomainReport:
         recipe = self.recipe
         trainers = {None: trainer} | {name: self._learn_task(name, None) for name in recipe.baselines}
-        if self.state.is_main_process:
-            self._save_artefacts(trainer.model)
         method = {"gkd": "GKD", "mse": "MSE"}[recipe.method] if last is not None else "frozen"
         report = DomainReport(self.data.source, self.data.label_space, recipe.as_dict(), recipe.seed, method=method)
         for baseline, each in trainers.items():
@@ -380,42 +400,52 @@ class Pipeline:
             report.add_skipped_rows(folder.summary()["skipped_rows"])
         return report
 
-    def _save_artefacts(self, segmenter: GKDStudentForSemanticSegmentation) -> None:
-        def save_encoder(folder: Path) -> None:
-            segmenter.student.save_encoder(folder)
-            processor.save_pretrained(folder)
-
-        def save_segmenter(folder: Path) -> None:
-            segmenter.save_pretrained(folder)
-            processor.save_pretrained(folder)
-
-        processor = image_processor(segmenter.config, self.recipe.stages.task.image_size)
-        replace_folder(self.output_dir / "encoder", save_encoder)
-        replace_folder(self.output_dir / "segmenter", save_segmenter)
-
     def _finish_without_task(self, last: StageFolder) -> dict[str, Any]:
-        def save_encoder(folder: Path) -> None:
-            student = GKDStudentModel.from_pretrained(last.model)
-            student.save_encoder(folder)
-            *_, stage = (stage for _, stage in self.recipe.stages)
-            image_processor(student.config, stage.image_size).save_pretrained(folder)
-
         place = self.output_dir / "encoder"
         if self.state.is_main_process:
-            replace_folder(place, save_encoder)
+            *_, stage = (stage for _, stage in self.recipe.stages)
+            write_encoder(place, GKDStudentModel.from_pretrained(last.model), self.facts, stage.image_size)
+            self._write_cards()
             print(f"\nThe distilled encoder is in {place}; add stages.task to teach it a task.", flush=True)
         self.state.wait_for_everyone()
+        self._push()
         return {"encoder": str(place)}
 
+    def _write_cards(self) -> None:
+        names = [name for name, _ in self.recipe.stages]
+        for name in [*names, *self.recipe.baselines]:
+            facts = self.folders[name].summary().get("facts")
+            if facts is not None:
+                self.facts.stages[name] = StageFacts(**facts)
+        self.facts.save(self.output_dir)
+        write_cards(self.output_dir, self.recipe.hub.repo_id)
 
-def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImageProcessorPil:
-    """What turns pictures into pixels as the student was trained on them: any encoder, square images."""
-    return SegformerImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        image_mean=config.image_mean,
-        image_std=config.image_std,
-        do_reduce_labels=False,
-    )
+    def _push(self) -> None:
+        """Push from the main process, after everything is saved and told; the others have nothing to wait for."""
+        if self.recipe.hub.repo_id is not None and self.state.is_main_process:
+            for url in push_run(self.output_dir):
+                print(f"pushed: {url}", flush=True)
+
+    def _published_only(self) -> dict[str, Any] | None:
+        """Push a run that is finished in all but this, and return its result; None if there is more to do."""
+        if self.recipe.hub.repo_id is None or not all(folder.finished for folder in self.folders.values()):
+            return None
+        result: dict[str, Any] = {"encoder": str(self.output_dir / "encoder")}
+        try:
+            check_finished(self.output_dir, self.recipe.as_dict())
+            if self.recipe.stages.task is not None:
+                result = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
+                if not same_settings(result, self.recipe):
+                    return None
+        except (InputError, ValueError):
+            return None
+        # Every process has to have seen this before the main one writes.
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            print(f"[push] {self.output_dir} is finished, its results are in report.md", flush=True)
+            self.recipe.save(self.output_dir)
+        self._push()
+        return result
 
 
 def new_student(recipe: Recipe) -> GKDStudentModel:

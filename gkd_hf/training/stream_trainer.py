@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from gkd_hf.data.streaming import SampleStream, check_bad_rows
 from gkd_hf.errors import InputError
+from gkd_hf.hub.run_facts import StageRecorder
 from gkd_hf.training.arguments import StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 
@@ -93,6 +94,8 @@ class StreamTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(title))
+        self.recorder = StageRecorder()
+        self.add_callback(self.recorder)
         self._start_step = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}

@@ -1,0 +1,106 @@
+"""What a run leaves behind for others: encoder and segmenter as they go to the Hub, with their cards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from PIL import Image
+from transformers import PreTrainedModel
+
+from gkd_hf.data.shards import is_hub_id
+from gkd_hf.evaluation.domain_report import DomainReport
+from gkd_hf.hub import handler
+from gkd_hf.hub.licences import PERMISSIVE, card_domain
+from gkd_hf.hub.native import export_encoder, export_segmenter
+from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.training.recipe import Recipe
+from gkd_hf.training.recipe_data import data_root
+from gkd_hf.training.stage_folder import replace_folder
+
+
+def write_encoder(folder: Path, student: GKDStudentModel, facts: RunFacts, image_size: int) -> None:
+    """Export a student's encoder in place of what was in the folder; the facts are told of it."""
+
+    def save(place: Path) -> None:
+        exported = export_encoder(student, place, image_size=image_size)
+        facts.encoder = ArtefactFacts.of(exported, student.encoder, image_size)
+
+    replace_folder(folder, save)
+
+
+def write_segmenter(
+    folder: Path,
+    segmenter: GKDStudentForSemanticSegmentation,
+    facts: RunFacts,
+    image_size: int,
+    report: DomainReport | None = None,
+) -> None:
+    """Export a segmenter in place of what was in the folder, with what serves it and, if there is one, its report."""
+
+    def save(place: Path) -> None:
+        exported = export_segmenter(segmenter, place, image_size=image_size)
+        head = segmenter.config.decode_head["type"]
+        facts.segmenter = ArtefactFacts.of(exported, segmenter, image_size, head)
+        shutil.copyfile(handler.__file__, place / "handler.py")
+        needed = ["transformers>=5.23", "pillow", *(["scipy"] if head == "mask2former" else [])]
+        (place / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+        if report is not None:
+            report.write(place)
+            (place / "report.md").unlink()  # its tables are in the card
+            content = json.loads((place / "report.json").read_text(encoding="utf-8"))
+            # The same figures, but nobody else's business where things lay on this machine.
+            content["settings"] = shortened(content["settings"])
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (place / "report.json").write_text(text, encoding="utf-8")
+            _save_example(place, report)
+
+    replace_folder(folder, save)
+
+
+def _save_example(place: Path, report: DomainReport) -> None:
+    """Keep an image of an unseen domain for the widget, if its licence lets it be passed on."""
+    for name, result in report.results.items():
+        if name != report.source and result.examples and card_domain(name).licence_id == PERMISSIVE:
+            Image.fromarray(result.examples[0][0]).save(place / "example.png")
+            return
+
+
+def resolved_commits(recipe: Recipe, models: dict[str, PreTrainedModel | None]) -> dict[str, str]:
+    """The Hub commits behind the names in a recipe, as far as they can be found out.
+
+    Args:
+        recipe: names the data. models: role (`student`, `teacher`) → the encoder that was loaded.
+    """
+    found: dict[str, str] = {}
+    for role, model in models.items():
+        # transformers sets it on a configuration that came from the Hub, and on no other.
+        commit = None if model is None else vars(model.config).get("_commit_hash")
+        if commit:
+            found[role] = commit
+    for domain in dict.fromkeys(stage.data for _, stage in recipe.stages):
+        root = data_root(recipe, domain)
+        if root is None or not is_hub_id(root):
+            continue
+        try:
+            sha = HfApi().dataset_info(root, revision=recipe.data.revisions.get(domain)).sha
+        except (HTTPError, OSError, ValueError):
+            continue  # it is only told, and the run does not hang on it
+        if sha:
+            found[f"data.{domain}"] = sha
+    return found
+
+
+def same_settings(report: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a report is of this recipe; where the result is published makes no difference."""
+    wanted = json.loads(json.dumps(recipe.as_dict()))
+    return _without_hub(report.get("settings", {})) == _without_hub(wanted)
+
+
+def _without_hub(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "hub"}
