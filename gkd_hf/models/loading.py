@@ -1,21 +1,27 @@
-"""Where an encoder comes from: a Hub id, a folder, a configuration. Safetensors only, and never half-loaded."""
+"""Where an encoder comes from: a Hub id, a folder, a configuration.
+
+Safetensors only, never half-loaded, and never with code that comes with the weights.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging as transformers_logging
 
 from .encoders import adapter_for
 from .errors import InputError, nearest
+from .pull import CONFIGURATION, PICKLES, WEIGHTS, listed_files, pull
 
 MINIMUM_COVERAGE = 0.95  # of the encoder's tensors that a checkpoint must hold
 
@@ -31,28 +37,33 @@ def load_encoder(
     Args:
         source: a Hub id, a folder, a configuration, or a mapping with ``model_type`` and the configuration's fields.
         pretrained: read the weights (ids and folders only); False gives random weights in that architecture.
-        revision: the commit, tag or branch of a Hub id.
+        revision: the commit, tag or branch of a Hub id; which commit it stood for: `pull.pulled_commit`.
 
     Raises:
-        InputError: unknown architecture, nothing at that place, or weights for less than 95 % of the tensors.
+        InputError: nothing at that place or no access to it, unknown architecture or one that brings its own code, no
+            weights in safetensors, or weights for less than 95 % of the tensors.
     """
     if isinstance(source, PreTrainedConfig | dict):
         config = source if isinstance(source, PreTrainedConfig) else config_from_mapping(source)
         return adapter_for(config).build().float(), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
     source = os.fspath(source)
-    config = _config_of(source, revision)
+    folder = _folder_of(source, revision)
+    config = read_config(folder, source)
     adapter = adapter_for(config)
     if adapter.norm_epsilon is not None:
         config.layer_norm_eps = adapter.norm_epsilon
-    mean, std = image_statistics(source, revision)
+    mean, std = _image_statistics(folder, source)
     if not pretrained:
         return adapter.build().float(), mean, std
+    if not os.path.isdir(source):
+        # The commit of the configuration, even if the branch has moved on since.
+        folder = pull(source, (*CONFIGURATION, *WEIGHTS), revision=folder.name)
+    _check_format(source, folder)
     with _quiet_loading():
         try:
             encoder, report = adapter.model_class.from_pretrained(
-                source,
+                folder,
                 config=config,
-                revision=revision or "main",
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -61,6 +72,8 @@ def load_encoder(
             )
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read safetensors weights of '{source}': {_first_line(error)}") from error
+    # Not the folder in the cache: where it is on this machine means nothing elsewhere.
+    encoder.name_or_path = encoder.config.name_or_path = source
     _check_coverage(source, encoder, report)
     reference = adapter.build() if not adapter.native_mask else None
     if reference is not None:
@@ -94,17 +107,55 @@ def config_from_mapping(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def image_statistics(source: str, revision: str | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the image mean and standard deviation in the preprocessor configuration, or ImageNet's if it has none."""
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision or "main")
-    except OSError as error:
-        if os.path.isfile(os.path.join(source, "preprocessor_config.json")):
+    """Return the image mean and standard deviation that a folder or Hub id states, or ImageNet's if it states none."""
+    return _image_statistics(_folder_of(source, revision), source)
+
+
+def _image_statistics(folder: Path, source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    settings = {}
+    if (folder / "preprocessor_config.json").is_file():
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+        except OSError as error:
             raise InputError(f"cannot read '{source}/preprocessor_config.json': {_first_line(error)}") from error
-        settings = {}
     return tuple(
         _three_numbers(source, key, settings.get(key, default))
         for key, default in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD))
     )
+
+
+def read_config(folder: Path, source: str) -> PreTrainedConfig:
+    """Return the configuration in a folder; code that comes with it is neither run nor asked about.
+
+    Args:
+        folder: where the files are. source: what they are called in messages.
+
+    Raises:
+        InputError: no or unreadable config.json, an unknown model type, or one that needs its own code.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no encoder at '{source}': it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{source}/config.json': {_first_line(error)}") from error
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(f"cannot read '{source}/config.json': it names no model_type, as transformers' models do")
+    if fields.get("auto_map"):
+        raise InputError(
+            f"'{source}' (model_type '{kind}') brings its own Python code. It is not run: teacher and student must "
+            "be of an architecture that transformers itself has; choose such a repo, or convert the weights"
+        )
+    if kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"'{source}' is of model_type '{kind}', which transformers does not have{nearest(kind, CONFIG_MAPPING)} "
+            "(code from elsewhere is not run: choose a repo whose architecture transformers itself has)"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the strict configuration classes raise their own type
+        raise InputError(f"cannot read the configuration of encoder '{source}': {_first_line(error)}") from error
 
 
 def _three_numbers(source: str, key: str, values: Any) -> tuple[float, ...]:
@@ -117,16 +168,30 @@ def _three_numbers(source: str, key: str, values: Any) -> tuple[float, ...]:
     return numbers
 
 
-def _config_of(source: str, revision: str | None) -> PreTrainedConfig:
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not os.path.isdir(source):
+def _folder_of(source: str, revision: str | None) -> Path:
+    """The folder with the configuration: the source itself, or where the cache holds it."""
+    if os.path.isdir(source):
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"no encoder at '{source}': that folder does not exist (give a folder or a Hub id org/name)")
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        raise InputError(f"no encoder at '{source}': the folder has no config.json")
-    try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the configuration of encoder '{source}': {_first_line(error)}") from error
+    return pull(source, CONFIGURATION, revision=revision)
+
+
+def _check_format(source: str, folder: Path) -> None:
+    """Refuse what is not in safetensors, before transformers looks for a converted copy of it."""
+    if any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if not os.path.isdir(source):
+        names = listed_files(source, folder.name) or names
+    pickles = [name for name in names if name.endswith(PICKLES) and "training_args" not in name]
+    if not pickles:
+        raise InputError(f"'{source}' has no weights in safetensors (model.safetensors): it has {', '.join(names)}")
+    raise InputError(
+        f"'{source}' has its weights only as {pickles[0]}, a pickle, and reading a pickle can run any code in it. "
+        "Choose a repo or revision with model.safetensors; or, if you trust its authors, convert it once: load it "
+        "with transformers' from_pretrained(…, use_safetensors=False), save_pretrained(FOLDER), and give FOLDER"
+    )
 
 
 def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any]) -> None:
