@@ -17,6 +17,8 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStu
 if TYPE_CHECKING:
     from gkd_hf.distillation.objective import GKDObjective, MSEObjective
     from gkd_hf.distillation.query_based import QuerySoftDistillation
+    from gkd_hf.hub.model_card import GKDModelCard
+    from gkd_hf.hub.push import push_run as push_to_hub
     from gkd_hf.teacher import GKDTeacher
     from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
     from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
@@ -35,14 +37,17 @@ _LAZY = {
     "GKDObjective": "gkd_hf.distillation.objective",
     "GKDSegmentationArguments": "gkd_hf.training.arguments",
     "GKDSegmentationTrainer": "gkd_hf.training.segmentation_trainer",
+    "GKDModelCard": "gkd_hf.hub.model_card",
     "GKDTeacher": "gkd_hf.teacher",
     "MSEObjective": "gkd_hf.distillation.objective",
     "QuerySoftDistillation": "gkd_hf.distillation.query_based",
+    "push_to_hub": "gkd_hf.hub.push",
 }
 
 __all__ = [
     "GKDDistillationArguments",
     "GKDDistillationTrainer",
+    "GKDModelCard",
     "GKDObjective",
     "GKDSegmentationArguments",
     "GKDSegmentationTrainer",
@@ -53,12 +58,13 @@ __all__ = [
     "InputError",
     "MSEObjective",
     "QuerySoftDistillation",
+    "push_to_hub",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        return getattr(importlib.import_module(_LAZY[name]), "push_run" if name == "push_to_hub" else name)
     raise AttributeError(f"module 'gkd_hf' has no attribute '{name}'")
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import gkd_hf
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
 from gkd_hf.evaluation.report_figure import FigureCell, FigureRow, draw_report
@@ -309,7 +310,8 @@ def package_versions() -> dict[str, str]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed (run from a source tree)"
+            # Only the package itself can run without being installed: from its source tree.
+            versions[package] = f"{gkd_hf.__version__} (source tree)" if package == "gkd_hf" else "not installed"
     return versions
 
 

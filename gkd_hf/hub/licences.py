@@ -50,7 +50,7 @@ def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
     for stage in (settings.get("stages") or {}).values():
         if stage is not None:
             found[stage["data"]] = data_terms(stage["data"], "trained on")
-    terms = list(found.values())
+    terms = list(found.values()) or [Terms("trained on", "images", "unknown here: no recipe names them", "")]
     teacher = settings.get("teacher")
     if teacher:
         terms.append(weight_terms(teacher["name"], "teacher"))
@@ -87,7 +87,7 @@ def derived_licence(settings: Mapping[str, Any], card_page: str = "") -> Licence
         return Licence(named)
     terms = ingredients(settings)
     binding = [each for each in terms if each.licence_id != PERMISSIVE]
-    if terms and not binding and not named:
+    if not binding and not named:
         return Licence(PERMISSIVE)
     pages = [each.page for each in binding if each.page]
     link = pages[0] if len(pages) == 1 == len(binding) else (f"{card_page}#licences" if card_page else None)

@@ -201,7 +201,7 @@ class GKDModelCard:
             "on_hub": self.names.on_hub,
             "facts": facts,
             "head": self.facts.segmenter.decode_head if self.facts.segmenter else "",
-            "method": METHOD_TITLES.get(method, "GKD") if distilled or not settings else "none",
+            "method": METHOD_TITLES.get(method, "GKD") if distilled or "stages" not in settings else "none",
             "student": self._student(),
             "teacher": self._teacher(),
             "geometry": (settings.get("teacher") or {}).get("geometry"),
@@ -213,6 +213,7 @@ class GKDModelCard:
             "by_class": self.by_class() if self.report else None,
             "baseline": bool(self.report and self.report["baselines"]),
             "toy": any(name.partition(":")[0] == "toy_city" for name in self._trained_domains()),
+            "toy_teacher": (settings.get("teacher") or {}).get("name") == "toy",
             "figure": "report.png" in self.files,
             "onnx": "onnx/model.onnx" in self.files,
             "handler": "handler.py" in self.files,
@@ -329,7 +330,7 @@ class GKDModelCard:
         return markdown_table(header, rows, align="---")
 
     def _recipe(self) -> str | None:
-        if not self.facts.settings:
+        if "stages" not in self.facts.settings:
             return None
         settings = {key: value for key, value in shortened(self.facts.settings).items() if key != "hub"}
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()

@@ -201,7 +201,8 @@ def _patiently(repo_id: str, action: Callable[[], T]) -> T:
         except (HTTPError, RuntimeError, OSError, ValueError) as error:
             if attempt == ATTEMPTS or not _may_pass(error):
                 raise InputError(f"could not push {repo_id}: {_advice(error, repo_id)}") from error
-            wait = min(LONGEST_WAIT, _asked_wait(error) or 2.0**attempt / 2)
+            asked = _asked_wait(error)
+            wait = min(LONGEST_WAIT, 2.0**attempt / 2 if asked is None else asked)
             tell(f"{repo_id}: {_what(error)}; trying again in {wait:g} s")
             time.sleep(wait)
     raise AssertionError("unreachable")

@@ -41,6 +41,16 @@ class StageArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.push_to_hub:
+            raise InputError(
+                "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out "
+                "and call trainer.push_to_hub() after trainer.train(), which pushes the finished model and its card"
+            )
+        if self.hub_token:
+            raise InputError(
+                "hub_token would be written into every checkpoint: leave it out, and log in with `hf auth login`, set "
+                "HF_TOKEN, or call trainer.push_to_hub(token=…)"
+            )
         super().__post_init__()
         if self.device.type == "cuda":
             # One process drives one GPU: torch's DataParallel would cut batches away from their masks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from gkd_hf.distillation.distiller import GKDDistiller
 from gkd_hf.distillation.masking import random_masks
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
 from gkd_hf.errors import InputError
+from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
+from gkd_hf.training.artefacts import write_encoder
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class GKDDistillationTrainer(StreamTrainer):
     """
 
     _tag_names = ["gkd", "knowledge-distillation"]
+    artefact = "encoder"
 
     def __init__(
         self,
@@ -212,6 +216,21 @@ class GKDDistillationTrainer(StreamTrainer):
                     self._chance,
                 )
         super().log(logs, start_time)
+
+    # -- for others ---------------------------------------------------------------------------------------------------
+
+    def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
+        """Write the student's encoder to a folder as a plain transformers model."""
+        write_encoder(Path(folder), self.student, facts, image_size)
+
+    def card_settings(self) -> dict[str, Any]:
+        """Student, teacher and method in a recipe's keys."""
+        names = [model.config.name_or_path for model in (self.student.encoder, self.teacher.encoder)]
+        return super().card_settings() | {
+            "method": {"qsd": "gkd"}.get(self.args.objective, self.args.objective),
+            "student": {"encoder": names[0] or None, "pretrained": bool(names[0])},
+            "teacher": {"name": names[1], "geometry": self.teacher.geometry} if names[1] else None,
+        }
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

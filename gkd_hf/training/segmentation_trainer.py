@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from gkd_hf.data.streaming import EvaluationSet, SampleStream, check_bad_rows, c
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
 from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
+from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
+from gkd_hf.training.artefacts import write_segmenter
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -35,6 +39,7 @@ class GKDSegmentationTrainer(StreamTrainer):
     """
 
     _tag_names = ["gkd", "semantic-segmentation"]
+    artefact = "segmenter"
 
     def __init__(
         self,
@@ -96,6 +101,12 @@ class GKDSegmentationTrainer(StreamTrainer):
             **settings,
         )
         return self.optimizer
+
+    # -- for others ---------------------------------------------------------------------------------------------------
+
+    def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
+        """Write the segmenter to a folder, natively where transformers has a class for it."""
+        write_segmenter(Path(folder), self.model, facts, image_size)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -6,19 +6,22 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from gkd_hf.data.streaming import SampleStream, check_bad_rows
 from gkd_hf.errors import InputError
-from gkd_hf.hub.run_facts import StageRecorder
+from gkd_hf.evaluation.domain_report import package_versions
+from gkd_hf.hub.model_card import GKDModelCard, RepoNames
+from gkd_hf.hub.push import push_folder
+from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training.arguments import StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 
@@ -72,6 +75,8 @@ class StreamTrainer(Trainer):
     # Losses are means over a micro batch; Trainer divides them by the accumulation steps.
     loss_is_scaled_for_ga = False
 
+    artefact: ClassVar[Literal["encoder", "segmenter"]]  # what others get of the trained model
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,6 +99,7 @@ class StreamTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(title))
+        self.title = title
         self.recorder = StageRecorder()
         self.add_callback(self.recorder)
         self._start_step = 0
@@ -188,6 +194,74 @@ class StreamTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    # -- for others ---------------------------------------------------------------------------------------------------
+
+    def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
+        """Write the trained model to a folder as it goes to the Hub, and tell the facts of it."""
+        raise NotImplementedError
+
+    def card_settings(self) -> dict[str, Any]:
+        """What a card can tell without a recipe, in a recipe's keys."""
+        return {"seed": self.args.seed}
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        *,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> str | None:
+        """Export the trained encoder or segmenter with its card, and push that: no checkpoint, no pickle.
+
+        Args:
+            commit_message: first line of the commit. repo_id: ``org/name``; None: ``args.hub_model_id``.
+            private: whether a new repo is; None: ``args.hub_private_repo``, or else private.
+            token: None takes HF_TOKEN or what ``hf auth login`` stored.
+            license: the Hub's licence id; None: `other`, since the trainer does not know the terms of its data.
+
+        Returns:
+            URL of the repo; None in processes that are not the main one.
+
+        Raises:
+            InputError: no repo id, or the push failed; the message ends with the command that tries again.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if repo_id is None:
+            raise InputError("say where to push: trainer.push_to_hub(repo_id='org/name'), or hub_model_id='org/name'")
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir) / self.artefact
+        facts = self._card_facts()
+        self.export(folder, facts, self._image_size())
+        self._card(facts, repo_id, license, folder).save(folder)
+        if private is None:
+            private = self.args.hub_private_repo is not False
+        return push_folder(folder, repo_id, private=private, token=token, summary=commit_message)
+
+    def create_model_card(self, license: str | None = None) -> None:
+        """Write the card of the model as it stands to README.md in the output folder."""
+        if self.is_world_process_zero():
+            self._card(self._card_facts(), self.args.hub_model_id, license).save(self.args.output_dir)
+
+    def _card_facts(self) -> RunFacts:
+        stages = {self.title: self.recorder.facts} if self.recorder.facts is not None else {}
+        return RunFacts(settings=self.card_settings(), stages=stages, versions=package_versions())
+
+    def _card(
+        self, facts: RunFacts, repo_id: str | None, license: str | None, folder: Path | None = None
+    ) -> GKDModelCard:
+        name = repo_id or f"{shortened(self.args.output_dir)}/{self.artefact}"
+        files = frozenset(path.name for path in folder.iterdir()) if folder is not None else frozenset()
+        names = RepoNames(name, name, on_hub=repo_id is not None)
+        return GKDModelCard(self.artefact, facts, names, files=files, license=license)
+
+    def _image_size(self) -> int:
+        data = self.train_dataset
+        sample = next(iter(data)) if isinstance(data, IterableDataset) else data[0]
+        return int(sample["pixel_values"].shape[-1])
 
     # -- losses -------------------------------------------------------------------------------------------------------
 
