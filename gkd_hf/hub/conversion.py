@@ -79,6 +79,8 @@ def _in_stages(segmenter: GKDStudentForSemanticSegmentation, prefix: str = "", w
     student = segmenter.student
     config = copy.deepcopy(student.encoder.config)
     config.out_features = config.stage_names[1:]  # the first is the stem
+    if config.model_type in ("resnet", "convnext"):
+        config.hidden_sizes = list(config.hidden_sizes)  # their backbones cannot do with the default tuple
     state = {prefix + key: value for key, value in student.encoder.state_dict().items()}
     if without is not None:
         state = {key: value for key, value in state.items() if not key.startswith(without)}

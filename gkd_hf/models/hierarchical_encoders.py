@@ -169,7 +169,7 @@ class ConvNextAdapter(_ConvolutionalAdapter):
         return model.layernorm(features)
 
     def map_norms(self) -> nn.ModuleList:
-        return nn.ModuleList(MapNorm(channels, eps=1e-6) for channels in self.map_channels)
+        return nn.ModuleList(MapNorm(c, eps=1e-6, layout=torch.channels_last) for c in self.map_channels)
 
 
 class SwinAdapter(_HierarchicalAdapter):
@@ -205,7 +205,7 @@ class SwinAdapter(_HierarchicalAdapter):
         return tuple(first * 2**stage for stage in range(len(self.config.depths)))
 
     def map_norms(self) -> nn.ModuleList:
-        return nn.ModuleList(MapNorm(channels) for channels in self.map_channels)
+        return nn.ModuleList(MapNorm(c, eps=1e-5, layout=torch.contiguous_format) for c in self.map_channels)
 
     def check_image_size(self, height: int, width: int) -> None:
         """Also raise `InputError` if the last map would be smaller than a window, for which Swin has no attention."""
@@ -246,7 +246,16 @@ class SwinAdapter(_HierarchicalAdapter):
 
 
 class MapNorm(nn.LayerNorm):
-    """LayerNorm over the channels of B×C×h×w maps."""
+    """LayerNorm over the channels of B×C×h×w maps.
+
+    Args:
+        layout: of the result in memory. transformers' backbones differ in it, and convolutions round by it.
+    """
+
+    def __init__(self, channels: int, *, eps: float, layout: torch.memory_format):
+        super().__init__(channels, eps=eps)
+        self.layout = layout
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed = super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normed.contiguous(memory_format=self.layout)

@@ -105,6 +105,12 @@ def test_what_is_exported_is_what_was_trained(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(again(square).pooler_output, segmenter.student(square).pooler_output)
 
 
+def test_an_architecture_with_all_its_defaults_is_exported(tmp_path: Path) -> None:
+    student = GKDStudentModel.from_encoder({"model_type": "convnext", "depths": [1, 1, 1, 1]})
+    segmenter = GKDStudentForSemanticSegmentation.from_student(student, num_labels=5, decode_head=UPERNET)
+    assert export_segmenter(segmenter, tmp_path / "segmenter", image_size=SIZE).native
+
+
 def test_exporting_leaves_the_segmenter_as_it_was(tmp_path: Path) -> None:
     segmenter = make_segmenter("vit", "dpt").train()
     segmenter.freeze_encoder()
