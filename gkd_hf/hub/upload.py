@@ -64,7 +64,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, summ
     if left_out:
         tell(f"not uploaded from {folder}, since no part of an export: {', '.join(left_out)}")
     api = HfApi(token=token, library_name="gkd_hf")
-    url = _patiently(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    url = patiently(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     told = []
 
     def commit() -> bool:
@@ -80,7 +80,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, summ
             done = api.create_commit(repo_id, operations, commit_message=summary, parent_commit=info.sha)
         return done.oid != info.sha
 
-    changed = _patiently(repo_id, commit)
+    changed = patiently(repo_id, commit)
     tell(f"{url}: {'uploaded' if changed else 'unchanged'}")
     return str(url)
 
@@ -193,7 +193,7 @@ def tell(line: str) -> bool:
     return True
 
 
-def _patiently(repo_id: str, action: Callable[[], T]) -> T:
+def patiently(repo_id: str, action: Callable[[], T]) -> T:
     """Do something on the Hub, again and again while the trouble may pass; raise `InputError` when it does not."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
