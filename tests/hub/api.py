@@ -112,6 +112,8 @@ class Api:
                 return Response.json({"errors": errors, "warnings": []}, 400 if errors else 200)
             case ["api", kinds] if kinds in KINDS and reading:
                 return Response.json(self._list(request, KINDS[kinds]))
+            case ["api", kinds] if kinds in KINDS and reading:
+                return Response.json(self._list(request, KINDS[kinds]))
             case ["api", kinds, org, name, *rest] if kinds in KINDS:
                 return self._api_repo(request, self._repo(request, KINDS[kinds], f"{org}/{name}"), rest)
             case [("datasets" | "spaces") as kinds, org, name, *rest]:
@@ -178,6 +180,12 @@ class Api:
         repo.add_commit("initial commit", added={".gitattributes": GIT_ATTRIBUTES})
         self.repos[kind, repo_id] = repo
         return Response.json({"url": url, "name": repo_id, "id": repo_id})
+
+    def _list(self, request: Request, kind: str) -> list[dict[str, Any]]:
+        author = request.query.get("author")
+        seen = [repo for key, repo in sorted(self.repos.items()) if key[0] == kind]
+        seen = [repo for repo in seen if author in (None, repo.id.split("/")[0])]
+        return [repo.info(repo.commit()) for repo in seen if request.token is not None or not repo.private]
 
     def _delete(self, request: Request) -> Response:
         kind, repo_id, _ = self._named(request)

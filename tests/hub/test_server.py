@@ -146,6 +146,9 @@ def test_who_may_do_what(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     assert set(hub.repos) == {("model", "org/open"), ("model", "org/closed")}
     assert len(hub.repos["model", "org/open"].commits) == 1
     assert anonymous(hub).model_info("org/open").id == "org/open"
+    assert [model.id for model in anonymous(hub).list_models(author="org")] == ["org/open"]
+    assert [model.id for model in api.list_models(author="org")] == ["org/closed", "org/open"]
+    assert not list(api.list_models(author="tester"))
     assert reader(hub).model_info("org/closed").private
     with pytest.raises(RepositoryNotFoundError, match="401"):
         anonymous(hub).hf_hub_download("org/closed", "config.json", cache_dir=tmp_path)
