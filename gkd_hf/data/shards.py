@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.models.pull import hub_error, with_retries
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 IMAGE_COLUMNS = ("image", "label")
@@ -35,7 +36,7 @@ def open_rows(
         revision: branch, tag or commit of a Hub data set.
 
     Raises ``InputError`` for a missing folder, no or unreadable shards, a missing column, a column that holds no image
-    bytes, no rows, and a Hub data set that cannot be opened.
+    bytes, no rows, and a Hub data set that cannot be opened, after some tries if the Hub is only busy.
     """
     location = os.fspath(location)
     if is_hub_id(location):
@@ -67,9 +68,12 @@ def count_rows(location: str | os.PathLike, split: str, *, revision: str | None 
     if not is_hub_id(location):
         return sum(_metadata(shard).num_rows for shard in find_shards(location, split))
     try:
-        splits = datasets.load_dataset_builder(location, revision=revision).info.splits
+        builder = with_retries(
+            lambda: datasets.load_dataset_builder(location, revision=revision), f"asking for '{location}'"
+        )
     except Exception as error:
-        raise _hub_error(location, split, error) from error
+        raise _hub_error(location, split, revision, error) from error
+    splits = builder.info.splits
     return splits[split].num_examples or None if splits and split in splits else None
 
 
@@ -145,23 +149,25 @@ def _wanted_columns(present: Sequence[str], columns: Sequence[str], where: str) 
 
 def _open_hub(location: str, split: str, revision: str | None) -> tuple[datasets.IterableDataset, list[str]]:
     try:
-        rows = datasets.load_dataset(location, split=split, streaming=True, revision=revision)
-        # Image columns are cast before the first row is read: no picture is decoded to learn the columns.
-        for column, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        first = next(iter(rows), None)
+        rows, first = with_retries(lambda: _first_row(location, split, revision), f"opening '{location}'")
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each have their own kinds
-        raise _hub_error(location, split, error) from error
+        raise _hub_error(location, split, revision, error) from error
     if first is None:
         raise InputError(f"no rows in split '{split}' of https://huggingface.co/datasets/{location}")
     return rows, list(first)
 
 
-def _hub_error(location: str, split: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(
-        f"cannot open split '{split}' of '{location}': there is no such folder here, and "
-        f"https://huggingface.co/datasets/{location} gives: {reason[:300]}. Check the name and the split, "
-        "log in with `hf auth login` if the page asks for it, or give a folder of parquet shards"
-    )
+def _first_row(
+    location: str, split: str, revision: str | None
+) -> tuple[datasets.IterableDataset, dict[str, object] | None]:
+    rows = datasets.load_dataset(location, split=split, streaming=True, revision=revision)
+    # Image columns are cast before the first row is read: no picture is decoded to learn the columns.
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows, next(iter(rows), None)
+
+
+def _hub_error(location: str, split: str, revision: str | None, error: Exception) -> InputError:
+    explained = hub_error(error, location, kind="dataset", revision=revision)
+    return InputError(f"cannot open split '{split}' of '{location}' (no folder of that name is here): {explained}")

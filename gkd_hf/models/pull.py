@@ -27,7 +27,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # the base of all errors of whichever HTTP library the client uses
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -140,9 +139,9 @@ def with_retries(action: Callable[[], Result], what: str) -> Result:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed later."""
+    if constants.is_offline_mode():
+        return False
     for each in _chain(error):
-        if isinstance(each, OfflineModeIsEnabled):
-            return False
         if isinstance(each, HfHubHTTPError):
             return each.response.status_code in TRANSIENT
         if isinstance(each, _Unsettled | HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError):
@@ -155,7 +154,7 @@ def is_transient(error: BaseException) -> bool:
 def hub_error(error: BaseException, repo_id: str, *, kind: Kind = "model", revision: str | None = None) -> InputError:
     """The explanation of what a Hub client raised, however deep a library has wrapped it."""
     page, at = _page(repo_id, kind), f" at revision '{revision}'" if revision else ""
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    log_in, offline = "log in with `hf auth login` or set HF_TOKEN", constants.is_offline_mode()
     for each in _chain(error):
         if isinstance(each, GatedRepoError):
             return InputError(f"'{repo_id}' is gated: ask for access on {page}, then {log_in}, and start again")
@@ -173,7 +172,7 @@ def hub_error(error: BaseException, repo_id: str, *, kind: Kind = "model", revis
             )
         if isinstance(each, RemoteEntryNotFoundError):
             return InputError(f"'{repo_id}'{at} lacks a file that is needed, see {page}/tree/{revision or 'main'}")
-        if isinstance(each, OfflineModeIsEnabled):
+        if isinstance(each, LocalEntryNotFoundError | ConnectionError) and offline:
             return _not_cached(repo_id, kind, at)
         if isinstance(each, HfHubHTTPError):
             return _refused(each, repo_id, kind, log_in)
@@ -182,15 +181,14 @@ def hub_error(error: BaseException, repo_id: str, *, kind: Kind = "model", revis
                 f"{constants.ENDPOINT} does not answer as the Hub does when asked for '{repo_id}': check HF_ENDPOINT "
                 "and the proxy"
             )
-        if isinstance(each, LocalEntryNotFoundError) and constants.is_offline_mode():
-            return _not_cached(repo_id, kind, at)
         if isinstance(each, HFValidationError):
             return InputError(f"'{repo_id}' is neither a folder here nor a Hub id such as org/name")
         if isinstance(each, HTTPError | ConnectionError | TimeoutError):
             return InputError(
                 f"cannot reach {page} ({_reason(each)}){_and_not_cached(kind)}: check the connection, or give a folder"
             )
-    return InputError(f"cannot read '{repo_id}'{at} from {page}: {_reason(error)}")
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(f"cannot read '{repo_id}'{at} from {page}: {reason}")
 
 
 def _fetch(repo_id: str, patterns: Sequence[str], revision: str | None) -> Path:
