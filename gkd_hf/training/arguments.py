@@ -43,8 +43,8 @@ class StageArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.push_to_hub:
             raise InputError(
-                "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out "
-                "and call trainer.push_to_hub() after trainer.train(), which pushes the finished model and its card"
+                "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it "
+                "out and call trainer.push_to_hub() after trainer.train(), which pushes the finished model and its card"
             )
         if self.hub_token:
             raise InputError(
