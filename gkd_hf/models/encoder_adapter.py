@@ -36,12 +36,14 @@ class EncoderAdapter(ABC):
         model_class: the transformers class that is trained and saved.
         native_mask: whether the model takes ``bool_masked_pos``; where it does not, the image is masked.
         fixed_grid: whether positions are learned for a grid, so that geometry has to be resampled when it changes.
+        whole_patches: whether an image has to cut into whole patches; plain convolutions take any size.
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
     """
 
     model_class: type[PreTrainedModel]
     native_mask = False
     fixed_grid = False
+    whole_patches = False
     norm_epsilon: float | None = None
     constructor: dict[str, bool] = {}
 

@@ -75,15 +75,17 @@ def resample_geometry(encoder: PreTrainedModel, image_size: int, patch_size: int
     """Return ``encoder`` rebuilt for another image size or patch size.
 
     Patch kernels and position embeddings are resized bicubically (align_corners false), as the GKD recipes do between
-    their stages. Encoders without learned positions take any size and are returned as they are.
+    their stages. Encoders without learned positions are returned as they are.
 
     Raises:
-        InputError: the image does not cut into whole patches, or another patch size is asked of a CNN.
+        InputError: the encoder cannot take images of that size, or another patch size is asked of a CNN or Swin.
     """
     adapter = adapter_for(encoder.config)
     if not adapter.fixed_grid:
         if patch_size is not None and patch_size != adapter.stride:
             raise InputError(f"{encoder.config.model_type} has no patch size to change (asked for {patch_size})")
+        if adapter.whole_patches:
+            adapter.check_image_size(image_size, image_size)
         return encoder
     config = copy.deepcopy(encoder.config)
     config.image_size, config.patch_size = image_size, patch_size or adapter.stride

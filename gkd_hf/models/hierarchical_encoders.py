@@ -179,6 +179,7 @@ class SwinAdapter(_HierarchicalAdapter):
     """
 
     model_class = SwinModel
+    whole_patches = True
     constructor = {"add_pooling_layer": False}
 
     def __init__(self, config: PreTrainedConfig):

@@ -13,6 +13,7 @@ class _TransformerAdapter(EncoderAdapter):
 
     native_mask = True
     fixed_grid = True
+    whole_patches = True
 
     @property
     def width(self) -> int:

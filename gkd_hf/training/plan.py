@@ -27,6 +27,9 @@ from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_spa
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
+_SWIN = {"model_type": "swin"}
+_SWIN_BASE = {"embed_dim": 128, "num_heads": [4, 8, 16, 32]}
+_CONVNEXT = {"model_type": "convnext"}
 _RESNET = {"model_type": "resnet", "embedding_size": 64}
 _BASIC = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 _BOTTLENECK = {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
@@ -47,6 +50,9 @@ def _dinov2(width: int, layers: int, heads: int) -> dict[str, int]:
 
 # Architectures of the Hub ids that recipes commonly name, so that parameters can be counted without asking the Hub.
 KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
+    "facebook/convnext-tiny-224": _CONVNEXT | {"depths": [3, 3, 9, 3]},
+    "facebook/convnext-small-224": _CONVNEXT | {"depths": [3, 3, 27, 3]},
+    "facebook/convnext-base-224": _CONVNEXT | {"depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]},
     "facebook/dinov2-small": _DINOV2 | _dinov2(384, 12, 6),
     "facebook/dinov2-base": _DINOV2 | _dinov2(768, 12, 12),
     "facebook/dinov2-large": _DINOV2 | _dinov2(1024, 24, 16),
@@ -58,6 +64,9 @@ KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
     "microsoft/resnet-34": _RESNET | _BASIC | {"depths": [3, 4, 6, 3]},
     "microsoft/resnet-50": _RESNET | _BOTTLENECK | {"depths": [3, 4, 6, 3]},
     "microsoft/resnet-101": _RESNET | _BOTTLENECK | {"depths": [3, 4, 23, 3]},
+    "microsoft/swin-tiny-patch4-window7-224": _SWIN | {"depths": [2, 2, 6, 2]},
+    "microsoft/swin-small-patch4-window7-224": _SWIN | {"depths": [2, 2, 18, 2]},
+    "microsoft/swin-base-patch4-window7-224": _SWIN | _SWIN_BASE | {"depths": [2, 2, 18, 2]},
 }
 
 
@@ -199,6 +208,7 @@ def _in_geometry(encoder: PlannedEncoder, stage: StageRecipe) -> PreTrainedConfi
     adapter = adapter_for(config)
     if adapter.fixed_grid:
         config.image_size, config.patch_size = stage.image_size, stage.patch_size or adapter.stride
+    if adapter.whole_patches:
         adapter_for(config).check_image_size(stage.image_size, stage.image_size)
     return config
 
