@@ -76,8 +76,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, summ
         # New ones for every attempt: the client keeps in them what it has sent.
         operations = [CommitOperationAdd(name, str(folder / name)) for name in files]
         operations += [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files]
-        with _quiet_client():
-            done = api.create_commit(repo_id, operations, commit_message=summary, parent_commit=info.sha)
+        done = api.create_commit(repo_id, operations, commit_message=summary, parent_commit=info.sha)
         return done.oid != info.sha
 
     changed = patiently(repo_id, commit)
@@ -197,7 +196,8 @@ def patiently(repo_id: str, action: Callable[[], T]) -> T:
     """Do something on the Hub, again and again while the trouble may pass; raise `InputError` when it does not."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return action()
+            with _quiet_client():
+                return action()
         except (HTTPError, RuntimeError, OSError, ValueError) as error:
             if attempt == ATTEMPTS or not _may_pass(error):
                 raise InputError(f"could not push {repo_id}: {_advice(error, repo_id)}") from error
@@ -275,11 +275,13 @@ def _advice(error: BaseException, repo_id: str) -> str:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Silence the client's own word on a commit without changes, which is no warning here."""
-    logger = logging.getLogger("huggingface_hub.hf_api")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence the client's own words: a commit without changes is no warning here, and trouble is told by us."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub.hf_api", "huggingface_hub.utils._http")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -44,7 +44,7 @@ class StageArguments(TrainingArguments):
         if self.push_to_hub:
             raise InputError(
                 "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it "
-                "out and call trainer.push_to_hub() after trainer.train(), which pushes the finished model and its card"
+                "out and call trainer.push_to_hub() after trainer.train(), for the finished model and its card"
             )
         if self.hub_token:
             raise InputError(

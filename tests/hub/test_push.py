@@ -1,0 +1,363 @@
+"""Pushing over real HTTP with the real client: what arrives, what never does, and every way in which it can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from gkd_hf.errors import InputError
+from gkd_hf.hub import upload
+from gkd_hf.hub.push import check_push_rights, push_folder, push_run
+from tests.hub.runs import ROOT, finished_run
+from tests.hub.server import LoopbackHub
+
+ENCODER, SEGMENTER = "org/gkd-x", "org/gkd-x-toy_city"
+CREATE, COMMIT = r"^/api/repos/create$", r"/commit/"
+
+
+@pytest.fixture(scope="session")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("runs") / "original")
+
+
+@pytest.fixture
+def run_dir(one_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(one_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that were asked for; none is waited."""
+    found: list[float] = []
+    monkeypatch.setattr(upload.time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def online(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> LoopbackHub:
+    """This process's client uses the loopback Hub, with a token that may write."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("push_script", ROOT / "scripts" / "push.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run scripts/push.py; assert exit code 2 and one error line; return that line."""
+
+    def run(*arguments: object) -> str:
+        assert script.main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if "error:" in line]
+        assert len(lines) == 1 and "Traceback" not in said.err, said.err
+        return lines[0]
+
+    return run
+
+
+def own_commits(hub: LoopbackHub, repo_id: str) -> list:
+    """The commits after the one that a new repo has."""
+    repo = hub.repos.get(("model", repo_id))
+    return [commit for commit in repo.commits if commit.summary.startswith("Upload")] if repo else []
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- what arrives -----------------------------------------------------------------------------------------------------
+
+
+def test_both_repos_get_one_commit_each_and_nothing_of_the_rest(run_dir: Path, online: LoopbackHub) -> None:
+    urls = push_run(run_dir, ENCODER)
+    assert urls == [f"{online.url}/{ENCODER}", f"{online.url}/{SEGMENTER}"]
+    for repo_id, folder in ((ENCODER, "encoder"), (SEGMENTER, "segmenter")):
+        repo = online.repos["model", repo_id]
+        assert repo.private and len(own_commits(online, repo_id)) == 1
+        pushed = {name: content for name, content in repo.files().items() if name != ".gitattributes"}
+        assert pushed == files_below(run_dir / folder)
+        assert not [name for name in pushed if name.endswith((".bin", ".pt", ".pth", ".pkl", ".md~"))]
+    assert f'from_pretrained("{ENCODER}")' in (run_dir / "encoder" / "README.md").read_text()
+    assert {"handler.py", "modeling_gkd.py", "requirements.txt", "report.png"} <= set(pushed)
+
+
+def test_pushing_again_changes_nothing_and_a_change_is_one_commit(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_run(run_dir, ENCODER)
+    capsys.readouterr()
+    push_run(run_dir, ENCODER)
+    said = capsys.readouterr().err
+    assert said.count("unchanged") == 2 and "No files have been modified" not in said
+    assert len(own_commits(online, ENCODER)) == len(own_commits(online, SEGMENTER)) == 1
+    (run_dir / "segmenter" / "requirements.txt").write_text("pillow\n")
+    push_run(run_dir, ENCODER)
+    assert (len(own_commits(online, ENCODER)), len(own_commits(online, SEGMENTER))) == (1, 2)
+    assert online.repos["model", SEGMENTER].files()["requirements.txt"] == b"pillow\n"
+
+
+def test_stale_files_of_ours_go_and_those_of_others_stay(run_dir: Path, online: LoopbackHub) -> None:
+    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_gkd.py", "onnx/model.onnx"]
+    foreign = ["notes.md", "eval.py", "pytorch_model.bin", "logs/model.safetensors"]
+    online.add_model(ENCODER, dict.fromkeys([*stale, *foreign], b"old"), private=True)
+    push_run(run_dir, ENCODER)
+    left = online.repos["model", ENCODER].files()
+    assert not set(stale) & set(left) and set(foreign) <= set(left)
+    assert len(own_commits(online, ENCODER)) == 1
+
+
+def test_what_is_no_export_is_left_out_and_named(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    extra = ["training_args.bin", "optimizer.pt", "teacher.pth", "heads.safetensors", ".env", "sub/config.json"]
+    for name in extra:
+        (run_dir / "encoder" / name).parent.mkdir(exist_ok=True)
+        (run_dir / "encoder" / name).write_bytes(b"x")
+    (run_dir / "encoder" / "handler.py").symlink_to(secret)
+    push_run(run_dir, ENCODER)
+    assert not {*extra, "handler.py"} & set(online.repos["model", ENCODER].files())
+    said = capsys.readouterr().err
+    assert all(name in said for name in extra if name != ".env")
+
+
+@pytest.mark.parametrize(("existing", "asked"), [(False, True), (True, False)])
+def test_an_existing_repo_keeps_its_visibility(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str], existing: bool, asked: bool
+) -> None:
+    online.add_model(ENCODER, {"notes.md": b""}, private=existing)
+    push_run(run_dir, ENCODER, private=asked)
+    assert online.repos["model", ENCODER].private is existing
+    assert online.repos["model", SEGMENTER].private is asked
+    assert f"{ENCODER} exists and stays {'private' if existing else 'public'}" in capsys.readouterr().err
+
+
+def test_a_card_edited_by_hand_is_pushed_as_it_is(run_dir: Path, online: LoopbackHub) -> None:
+    readme = run_dir / "encoder" / "README.md"
+    readme.write_text(readme.read_text().replace("# ", "# My ", 1))
+    push_run(run_dir, ENCODER)
+    assert b"# My " in online.repos["model", ENCODER].files()["README.md"]
+    assert f'"{ENCODER}"'.encode() not in online.repos["model", ENCODER].files()["README.md"]
+
+
+def test_the_recipe_says_where(tmp_path: Path, online: LoopbackHub, script: ModuleType) -> None:
+    run_dir = finished_run(tmp_path / "run", "hub.repo_id=org/y", "hub.private=false", "stages.task.data=toy_city")
+    assert script.main([str(run_dir)]) == 0
+    assert not online.repos["model", "org/y"].private and not online.repos["model", "org/y-toy_city"].private
+
+
+def test_source_names_become_repo_names() -> None:
+    from gkd_hf.hub.model_card import segmenter_repo
+
+    assert segmenter_repo("org/gkd-x", "toy_city:night") == "org/gkd-x-toy_city-night"
+    assert segmenter_repo("org/gkd-x", "custom:a b/ü") == "org/gkd-x-custom-a-b--"
+
+
+# -- what may not be pushed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "report.json"])
+def test_a_token_in_a_text_file_stops_everything(run_dir: Path, online: LoopbackHub, refused, name: str) -> None:
+    folder = run_dir / "segmenter"
+    for token in ("hf_" + "a1B2" * 8, online.write_token):
+        original = (folder / name).read_text()
+        (folder / name).write_text(original + f"\n<!-- {token} -->\n")
+        with pytest.raises(InputError, match=f"{name} holds an access token") as caught:
+            push_folder(folder, SEGMENTER)
+        assert token not in str(caught.value)
+        (folder / name).write_text(original)
+    assert not online.repos
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("stages/task/finished.json", "go on with it first, python scripts/run_gkd.py"),
+        ("segmenter/config.json", "go on with it first"),
+        ("encoder/config.json", "go on with it first"),
+        ("card.json", "go on with it first"),
+        ("report.json", "go on with it first"),
+        ("recipe.yaml", "is no run's folder"),
+        ("encoder/model.safetensors", "no finished export: it has no model.safetensors"),
+    ],
+)
+def test_a_half_finished_run_is_refused(run_dir: Path, online: LoopbackHub, refused, missing: str, named: str) -> None:
+    (run_dir / missing).unlink()
+    assert named in refused(run_dir, "--repo-id", ENCODER)
+    assert not online.repos
+
+
+def test_bad_arguments_are_one_line(run_dir: Path, online: LoopbackHub, refused, tmp_path: Path) -> None:
+    assert "there is no run in" in refused(tmp_path / "nowhere", "--repo-id", ENCODER)
+    assert "--repo-id org/name" in refused(run_dir)
+    assert "no repo id" in refused(run_dir, "--repo-id", "gkd-x")
+    assert "no repo id" in refused(run_dir, "--repo-id", "org/x/y")
+
+
+def test_offline_and_logged_out_are_told_before_anything_is_sent(
+    run_dir: Path, online: LoopbackHub, refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused(run_dir, "--repo-id", ENCODER)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "hf auth login" in refused(run_dir, "--repo-id", ENCODER)
+    assert not online.requests
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [CREATE, COMMIT, "/preupload/", "validate-yaml", "objects/batch", rf"{ENCODER}$"])
+@pytest.mark.parametrize("fault", [429, 503, "drop"])
+def test_passing_trouble_is_waited_out(
+    run_dir: Path, online: LoopbackHub, waits: list[float], path: str, fault: int | str
+) -> None:
+    online.inject(fault, path=path, times=2)
+    push_run(run_dir, ENCODER)
+    assert len(own_commits(online, ENCODER)) == len(own_commits(online, SEGMENTER)) == 1
+    assert online.repos["model", ENCODER].files()["README.md"] == (run_dir / "encoder" / "README.md").read_bytes()
+    assert waits
+
+
+def test_retry_after_is_honoured(run_dir: Path, online: LoopbackHub, waits: list[float]) -> None:
+    online.inject(429, path=COMMIT, times=2, retry_after=7)
+    push_run(run_dir, ENCODER)
+    assert waits.count(7) == 2
+    online.inject(429, path=CREATE, times=1, retry_after=10**6)
+    push_run(run_dir, ENCODER)
+    assert max(waits) == upload.LONGEST_WAIT
+
+
+def test_a_head_that_moved_is_read_again(run_dir: Path, online: LoopbackHub) -> None:
+    online.inject(412, path=COMMIT)
+    push_run(run_dir, ENCODER)
+    assert len(own_commits(online, ENCODER)) == 1
+
+
+@pytest.mark.parametrize("path", [CREATE, COMMIT])
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        (401, "hf auth login"),
+        (403, "the role write"),
+        (404, "check that 'org' exists"),
+        (412, "somebody else changed the repo"),
+        (429, "429, 6 times"),
+        (503, "503, 6 times"),
+        ("drop", "check the network"),
+    ],
+)
+def test_lasting_trouble_is_one_line_and_its_command_goes_on(
+    run_dir: Path, online: LoopbackHub, refused, script: ModuleType, path: str, fault: int | str, advice: str
+) -> None:
+    if fault == "drop" and path == COMMIT:
+        path = "/preupload/"  # a commit whose answer alone was lost has been made
+    before = {name: content for name, content in files_below(run_dir).items() if "README" not in name}
+    online.inject(fault, path=path, times=math.inf)
+    line = refused(run_dir, "--repo-id", ENCODER)
+    assert advice in line and online.write_token not in line
+    assert not own_commits(online, ENCODER) and not own_commits(online, SEGMENTER)
+    after = files_below(run_dir)
+    assert all(after[name] == content for name, content in before.items() if name != "card.json")
+    online.faults.clear()
+    command = shlex.split(line.partition("to push again: ")[2])
+    assert command[:2] == ["python", "scripts/push.py"] and script.main(command[2:]) == 0
+    assert len(own_commits(online, ENCODER)) == len(own_commits(online, SEGMENTER)) == 1
+
+
+def test_a_failure_between_the_two_says_which_is_there(run_dir: Path, online: LoopbackHub, refused) -> None:
+    online.inject(403, path=COMMIT, times=math.inf, after=1)
+    line = refused(run_dir, "--repo-id", ENCODER)
+    assert f"could not push {SEGMENTER}" in line and f"({online.url}/{ENCODER} was pushed)" in line
+    assert line.endswith(f"python scripts/push.py {run_dir} --repo-id {ENCODER}")
+    assert len(own_commits(online, ENCODER)) == 1 and not own_commits(online, SEGMENTER)
+
+
+def test_tokens_that_may_not_write(run_dir: Path, online: LoopbackHub, refused, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", online.read_token)
+    assert "(403)" in refused(run_dir, "--repo-id", ENCODER)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    assert "(401)" in refused(run_dir, "--repo-id", ENCODER)
+    assert not online.repos
+
+
+# -- before training --------------------------------------------------------------------------------------------------
+
+
+def test_rights_are_known_before_training(
+    online: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_push_rights(ENCODER)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="may only read"):
+        check_push_rights(ENCODER, token=online.read_token)
+    with pytest.raises(InputError, match="does not accept the token"):
+        check_push_rights(ENCODER, token="hf_" + "x" * 30)
+    online.inject(503, path="whoami", times=math.inf)
+    check_push_rights(ENCODER)
+    assert "not known yet" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    check_push_rights(ENCODER)
+    assert "check the network" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        check_push_rights(ENCODER)
+
+
+# -- trainers ---------------------------------------------------------------------------------------------------------
+
+
+def test_trainers_push_the_finished_model_and_no_checkpoint(
+    tmp_path: Path, online: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.training.test_trainers import distillation_trainer, segmentation_trainer
+
+    torch.manual_seed(0)
+    for make, repo_id, auto in (
+        (distillation_trainer, "org/of-trainer", "AutoModel.from_pretrained"),
+        (segmentation_trainer, "org/of-task", "AutoModelForSemanticSegmentation.from_pretrained"),
+    ):
+        trainer = make(tmp_path / repo_id, max_steps=2)
+        trainer.train()
+        with pytest.raises(InputError, match="say where to push"):
+            trainer.push_to_hub()
+        assert trainer.push_to_hub(repo_id=repo_id) == f"{online.url}/{repo_id}"
+        repo = online.repos["model", repo_id]
+        assert repo.private and len(repo.commits) == 2 and repo.commits[-1].summary == "End of training"
+        assert "model.safetensors" in repo.files() and not [name for name in repo.files() if name.endswith(".bin")]
+        card = repo.files()["README.md"].decode()
+        assert f'{auto}("{repo_id}"' in card and "license: other" in card and str(tmp_path) not in card
+        trainer.create_model_card(license="mit")
+        assert "license: mit" in (tmp_path / repo_id / "README.md").read_text()
+
+
+def test_arguments_that_would_push_checkpoints_are_refused(tmp_path: Path) -> None:
+    from gkd_hf import GKDDistillationArguments, GKDSegmentationArguments
+
+    for kind in (GKDDistillationArguments, GKDSegmentationArguments):
+        with pytest.raises(InputError, match="trainer.push_to_hub"):
+            kind(str(tmp_path), push_to_hub=True, use_cpu=True)
+        with pytest.raises(InputError, match="hub_token"):
+            kind(str(tmp_path), hub_token="hf_secret", use_cpu=True)
