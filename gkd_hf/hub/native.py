@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
@@ -32,12 +34,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 from gkd_hf.errors import InputError
 from gkd_hf.hub.conversion import NotNativeError, to_native
 from gkd_hf.hub.remote_code import model_files, save_with_code
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.models.pull import CONFIGURATION, WEIGHTS, pull
 
 DPT = "DPTForSemanticSegmentation"
 TOLERANCE = 1e-5  # of the largest value compared where that is above 1, else absolute
@@ -53,7 +57,7 @@ class Exported:
         auto_class: the Auto class that loads it.
         reason: why it is not native, "" if it is.
         max_difference: largest absolute difference to the student (tokens or class logits, fp32, random images).
-        limits: what the exported class cannot do and the student can, "" if nothing.
+        limits: what the exported class cannot do or needs to be told, "" if nothing.
     """
 
     folder: Path
@@ -84,7 +88,7 @@ def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image
 
         return run
 
-    with _workshop(folder) as place:
+    with _workshop(folder) as place, _quiet():
         student.save_encoder(place)
         image_processor(student.config, image_size).save_pretrained(place)
         loaded = AutoModel.from_pretrained(place).eval()
@@ -119,7 +123,7 @@ def export_segmenter(
     """
     segmenter = _own_copy(segmenter)
     head = segmenter.config.decode_head["type"]
-    with _workshop(folder) as place:
+    with _workshop(folder) as place, _quiet():
         try:
             to_native(copy.deepcopy(segmenter), image_size).save_pretrained(place)
             reason = ""
@@ -134,17 +138,13 @@ def export_segmenter(
         # DPT takes square images only, and resamples the positions of others differently.
         sizes = _check_sizes(segmenter.student, image_size)[: 1 if name == DPT else None]
         difference = _compare(_class_scores(segmenter), _class_scores(loaded), sizes, "class logits", name)
-    return Exported(
-        Path(folder),
-        not reason,
-        name,
-        "AutoModelForUniversalSegmentation" if universal else "AutoModelForSemanticSegmentation",
-        reason,
-        difference,
-        f"transformers' DPT takes square images only; the segmenter's logits are those at {image_size}×{image_size}"
-        if name == DPT
-        else "",
-    )
+    limits = ""
+    if name == DPT:
+        limits = f"takes square images only, and gives the student's logits at {image_size}×{image_size}"
+    elif universal:
+        limits = 'pipeline("image-segmentation") needs subtask="semantic", or it looks for single objects'
+    auto_class = "AutoModelForUniversalSegmentation" if universal else "AutoModelForSemanticSegmentation"
+    return Exported(Path(folder), not reason, name, auto_class, reason, difference, limits)
 
 
 def load_segmenter(
@@ -157,30 +157,64 @@ def load_segmenter(
         trust_remote_code: run the code of a repository that is neither; GKD segmenters do not need it here.
 
     Raises:
-        InputError: nothing readable there, not a segmenter, or its code would have to be run without the flag.
+        InputError: nothing readable there or no access to it, not a segmenter, weights missing or not in safetensors,
+            or its code would have to be run without the flag.
     """
     source = os.fspath(source)
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
-        if fields.get("model_type") == GKDStudentConfig.model_type:
-            if not fields.get("decode_head"):
-                raise InputError(f"'{source}' is a student without a decode head, not a segmenter")
-            return _load(GKDStudentForSemanticSegmentation, source, revision)
-        if "auto_map" in fields and not trust_remote_code:
-            raise InputError(
-                f"'{source}' comes with code of its own, which would run on this machine: read it, then allow it "
-                "with trust_remote_code (on the command line --trust-remote-code)"
-            )
-        config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
-        universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
-        if not universal and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING and "auto_map" not in fields:
-            raise InputError(f"'{source}' is a {config.model_type}, which is no semantic segmenter in transformers")
-        auto_class = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
-        return _load(auto_class, source, revision, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot read a segmenter from '{source}': {str(error).strip().splitlines()[0]}") from error
+    with _quiet():
+        try:
+            folder = _folder_of(source, revision, CONFIGURATION)
+            fields, _ = PreTrainedConfig.get_config_dict(folder)
+            kind, settings = _class_for(source, folder, fields, trust_remote_code)
+            if not os.path.isdir(source):
+                # The commit of the configuration, even if the branch has moved on since.
+                patterns = (*CONFIGURATION, *WEIGHTS, *(("*.py",) if settings else ()))
+                folder = pull(source, patterns, revision=folder.name)
+            model, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **settings)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot read a segmenter from '{source}': {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"the weights of '{source}' lack {len(missing)} tensors of the segmenter ({missing[0]}, …)")
+    model.name_or_path = model.config.name_or_path = source
+    return model.eval()
+
+
+def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    if os.path.isdir(source):
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(
+            f"no segmenter at '{source}': that folder does not exist (give a folder or a Hub id org/name)"
+        )
+    return pull(source, patterns, revision=revision)
+
+
+def _class_for(
+    source: str, folder: Path, fields: dict[str, Any], trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The class, or Auto class, that loads a segmenter of this configuration, and what it has to be told."""
+    if fields.get("model_type") == GKDStudentConfig.model_type:
+        if not fields.get("decode_head"):
+            raise InputError(f"'{source}' is a student without a decode head, not a segmenter")
+        return GKDStudentForSemanticSegmentation, {}
+    foreign = "auto_map" in fields
+    if foreign and not trust_remote_code:
+        raise InputError(
+            f"'{source}' comes with code of its own, which would run on this machine: read it, then allow it with "
+            "trust_remote_code (on the command line --trust-remote-code)"
+        )
+    if foreign:
+        return AutoModelForSemanticSegmentation, {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING:
+        return AutoModelForUniversalSegmentation, {}
+    if type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        return AutoModelForSemanticSegmentation, {}
+    raise InputError(f"'{source}' is a {config.model_type}, which is no semantic segmenter in transformers")
 
 
 def class_logits(outputs: ModelOutput, size: tuple[int, int]) -> torch.Tensor:
@@ -220,8 +254,18 @@ def mask2former_processor(config: GKDStudentConfig, image_size: int) -> Mask2For
     )
 
 
-def _load(kind: Any, source: str, revision: str | None, **kwargs: Any) -> PreTrainedModel:
-    return kind.from_pretrained(source, revision=revision or "main", use_safetensors=True, **kwargs).eval()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling about the loading, and that Mask2Former was first trained with Swin only."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _own_copy(model: Any) -> Any:
