@@ -270,7 +270,9 @@ def _quiet() -> Iterator[None]:
 
 def _own_copy(model: Any) -> Any:
     """The same model in fp32 on the CPU and in eval mode; a trainer may have put the given one elsewhere."""
-    own = type(model)(copy.deepcopy(model.config))
+    config = copy.deepcopy(model.config)
+    config.encoder_config.name_or_path = ""  # may be a folder of this machine, and is nothing that others can use
+    own = type(model)(config)
     own.load_state_dict({key: value.detach().cpu() for key, value in model.state_dict().items()})
     return own.eval()
 

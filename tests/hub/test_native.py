@@ -116,6 +116,18 @@ def test_an_architecture_with_all_its_defaults_is_exported(tmp_path: Path) -> No
     assert export_segmenter(segmenter, tmp_path / "segmenter", image_size=SIZE).native
 
 
+def test_no_folder_of_this_machine_is_written(tmp_path: Path) -> None:
+    GKDStudentModel.from_encoder(KINDS["dinov2"]).save_encoder(tmp_path / "source")
+    student = GKDStudentModel.from_encoder(tmp_path / "source")
+    export_encoder(student, tmp_path / "encoder", image_size=SIZE)
+    for head in ("upernet", "linear"):
+        segmenter = GKDStudentForSemanticSegmentation.from_student(student, num_labels=5, decode_head=HEADS[head])
+        export_segmenter(segmenter, tmp_path / head, image_size=SIZE)
+    written = [path for path in tmp_path.rglob("*.json") if path.parent.name != "source"]
+    assert len(written) == 6 and not any(str(tmp_path) in path.read_text() for path in written)
+    assert student.config.encoder_config.name_or_path == str(tmp_path / "source")
+
+
 def test_exporting_leaves_the_segmenter_as_it_was(tmp_path: Path) -> None:
     segmenter = make_segmenter("vit", "dpt").train()
     segmenter.freeze_encoder()
