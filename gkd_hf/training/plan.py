@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
 from gkd_hf.errors import InputError
+from gkd_hf.hub.model_card import RepoNames
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for
 from gkd_hf.models.loading import config_from_mapping
@@ -297,4 +298,8 @@ def _output_lines(recipe: Recipe) -> list[str]:
     if recipe.stages.task is not None:
         lines += ["  segmenter/: encoder and head", "  report.json, report.md, report.png"]
     lines += ["  recipe.yaml: as resolved"]
+    if recipe.hub.repo_id is not None:
+        names = RepoNames.of(recipe.as_dict(), recipe.hub.repo_id)
+        repos = ", ".join(name for name in (names.encoder, names.segmenter) if name)
+        lines += [f"pushed to the Hub at the end: {repos} ({'private' if recipe.hub.private else 'public'} if new)"]
     return lines

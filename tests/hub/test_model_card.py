@@ -24,8 +24,8 @@ from tests.tiny import MASK2FORMER
 
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 HUB_KEYS = {
-    "base_model", "base_model_relation", "datasets", "library_name", "license", "license_link", "license_name", "metrics",
-    "model-index", "pipeline_tag", "tags", "widget",
+    "base_model", "base_model_relation", "datasets", "library_name", "license", "license_link", "license_name",
+    "metrics", "model-index", "pipeline_tag", "tags", "widget",
 }  # fmt: skip
 QUICKSTART = ROOT / "scripts" / "recipes" / "quickstart.yaml"
 
@@ -194,7 +194,7 @@ def test_how_to_load_is_what_was_exported(tmp_path: Path, head: Any, there: str,
     assert there in text and missing not in text
     assert ("scipy" in text) == ("scipy" in (folder / "segmenter" / "requirements.txt").read_text())
     assert "trust_remote_code" not in (folder / "encoder" / "README.md").read_text()
-    assert "python scripts/export_onnx.py" in text
+    assert "python scripts/export_onnx.py org/gkd-x-toy_city" in text
     (folder / "segmenter" / "onnx").mkdir()
     (folder / "segmenter" / "onnx" / "model.onnx").write_bytes(b"")
     write_cards(folder, "org/gkd-x")
