@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.pull import hub_error, with_retries
@@ -169,5 +171,14 @@ def _first_row(
 
 
 def _hub_error(location: str, split: str, revision: str | None, error: Exception) -> InputError:
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        # datasets drops what the Hub had said: ask again, for that alone.
+        try:
+            HfApi().auth_check(location, repo_type="dataset")
+            HfApi().dataset_info(location, revision=revision)
+        except HfHubHTTPError as cause:
+            error = cause
+        except (HTTPError, OSError):
+            pass  # no connection now: what datasets said must do
     explained = hub_error(error, location, kind="dataset", revision=revision)
     return InputError(f"cannot open split '{split}' of '{location}' (no folder of that name is here): {explained}")

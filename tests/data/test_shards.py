@@ -78,14 +78,14 @@ def test_what_is_wrong_is_said(tmp_path, write_folder):
 
 def test_a_hub_failure_names_the_page(monkeypatch):
     def gone(*_: object, **__: object) -> None:
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist\non the Hub")
+        raise ValueError("Bad split: train. Available\nsplits: ['test']")
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(InputError) as caught:
         open_rows("org/name", "train")
     message = str(caught.value)
     assert "https://huggingface.co/datasets/org/name" in message
-    assert "doesn't exist on the Hub" in message and "\n" not in message
+    assert "Available splits: ['test']" in message and "\n" not in message
 
 
 def test_a_hub_data_set_goes_through_the_same_checks(monkeypatch, write_folder):

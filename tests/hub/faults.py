@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class Faults:
         """Let nothing strike any more."""
         with self._lock:
             self._faults.clear()
+
+    def left(self) -> list[Fault]:
+        """Those that have not struck as often as they should."""
+        with self._lock:
+            return [fault for fault in self._faults if 0 < fault.times < math.inf]
 
     def strike(self, method: str, path: str) -> Fault | None:
         """The fault that this request meets; the one that was injected first, if several match."""
