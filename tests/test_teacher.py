@@ -37,7 +37,7 @@ def test_it_renormalises_the_students_pixels(tmp_path) -> None:
     torch.testing.assert_close(output.cls, expected.cls)
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "resnet", "convnext", "swin"])
 def test_native_geometry_gives_the_students_grid(kind: str) -> None:
     teacher = GKDTeacher(ENCODERS[kind])
     output = teacher(torch.randn(1, 3, 96, 64), (6, 4), HALF, HALF)  # a student of patch 16

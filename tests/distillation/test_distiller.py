@@ -51,7 +51,9 @@ def two_full_views(model: GKDDistiller, batch: dict) -> dict[str, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("kind, train", [("vit", True), ("dinov2", True), ("resnet", False)])
+@pytest.mark.parametrize(
+    "kind, train", [("vit", True), ("dinov2", True), ("resnet", False), ("convnext", True), ("swin", False)]
+)
 def test_one_and_a_half_forwards_equal_two(kind: str, train: bool) -> None:
     ours = make_distiller(kind).double().train(train)
     plain = copy.deepcopy(ours)
