@@ -112,8 +112,6 @@ class Api:
                 return Response.json({"errors": errors, "warnings": []}, 400 if errors else 200)
             case ["api", kinds] if kinds in KINDS and reading:
                 return Response.json(self._list(request, KINDS[kinds]))
-            case ["api", kinds] if kinds in KINDS and reading:
-                return Response.json(self._list(request, KINDS[kinds]))
             case ["api", kinds, org, name, *rest] if kinds in KINDS:
                 return self._api_repo(request, self._repo(request, KINDS[kinds], f"{org}/{name}"), rest)
             case [("datasets" | "spaces") as kinds, org, name, *rest]:
@@ -149,17 +147,6 @@ class Api:
         orgs = [{"type": "org", "name": org, "roleInOrg": "write"} for org in self.orgs]
         access = {"type": "access_token", "accessToken": {"displayName": role, "role": role}}
         return Response.json({"type": "user", "id": "1", "name": "tester", "orgs": orgs, "auth": access})
-
-    def _list(self, request: Request, kind: str) -> list[dict[str, Any]]:
-        """What this token may know of, the repos of one author if the request names one."""
-        author = request.query.get("author")
-        found = (repo for (each, _), repo in sorted(self.repos.items()) if each == kind)
-        seen = (repo for repo in found if not (repo.private and request.token is None))
-        return [
-            repo.info(self._commit(repo, "main"), blobs=False)
-            for repo in seen
-            if author in (None, repo.id.partition("/")[0])
-        ]
 
     # -- repositories -------------------------------------------------------------------------------------------------
 
