@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
@@ -20,7 +20,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for
-from gkd_hf.models.loading import config_from_mapping
+from gkd_hf.models.loading import config_from_mapping, read_config
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
@@ -123,10 +123,7 @@ def planned_encoder(source: str | Mapping[str, Any], pretrained: bool) -> Planne
     else:
         name = source
     if os.path.isdir(source):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read the configuration of encoder '{source}': {error}") from error
+        config = read_config(Path(source), source)
         adapter_for(config)
         return PlannedEncoder(name, config, False)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
