@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gkd_hf.data.shards import is_hub_id
-from gkd_hf.evaluation.report_text import markdown_table, percent, signed
+from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed
 from gkd_hf.hub.licences import card_domain, data_terms, derived_licence, ingredients
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
 
@@ -344,6 +344,16 @@ class GKDModelCard:
         terms += [data_terms(name, "measured on") for name in settings.get("evaluate") or [] if name not in known]
         rows = [[each.role, f"`{shortened(each.name)}`", each.words, each.page or "–"] for each in terms]
         return markdown_table(["used as", "what", "licence", "page"], rows, align="---")
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The table of mean IoU by domain of a report.json, for the terminal."""
+    card = GKDModelCard("segmenter", RunFacts(dict(report["settings"])), RepoNames("", ""), report)
+    header, rows = card.rows_by_domain()
+    sources = len(rows) - 1 - len(report["targets"])
+    groups = [rows[:sources], rows[sources:-1], rows[-1:]]
+    title = f"mIoU in percent · trained on {report['source']}"
+    return f"{title}\n{box_table(header[:-1], [[row[:-1] for row in group] for group in groups])}"
 
 
 def _linked(name: str) -> str:

@@ -28,6 +28,7 @@ from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_versions
+from gkd_hf.hub.model_card import report_table
 from gkd_hf.hub.push import check_finished, check_push_rights, push_run, write_cards
 from gkd_hf.hub.run_facts import RunFacts, StageFacts, command_line
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
@@ -93,7 +94,7 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """See `run`."""
         recipe = self.recipe
-        done = self._published_only()
+        done = self._finished_before()
         if done is not None:
             return done
         if self.state.is_main_process:
@@ -426,24 +427,27 @@ class Pipeline:
             for url in push_run(self.output_dir):
                 print(f"pushed: {url}", flush=True)
 
-    def _published_only(self) -> dict[str, Any] | None:
-        """Push a run that is finished in all but this, and return its result; None if there is more to do."""
-        if self.recipe.hub.repo_id is None or not all(folder.finished for folder in self.folders.values()):
+    def _finished_before(self) -> dict[str, Any] | None:
+        """Tell the result of a run that is finished, and push it if that is wanted; None if there is more to do."""
+        if not all(folder.finished for folder in self.folders.values()):
             return None
         result: dict[str, Any] = {"encoder": str(self.output_dir / "encoder")}
+        table = f"The distilled encoder is in {result['encoder']}."
         try:
             check_finished(self.output_dir, self.recipe.as_dict())
             if self.recipe.stages.task is not None:
                 result = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
                 if not same_settings(result, self.recipe):
                     return None
+                table = report_table(result)
         except (InputError, ValueError):
             return None
         # Every process has to have seen this before the main one writes.
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            print(f"[push] {self.output_dir} is finished, its results are in report.md", flush=True)
+            print(f"{self.output_dir} was finished before; remove its report.json to measure again", flush=True)
             self.recipe.save(self.output_dir)
+            print(f"\n{table}", flush=True)
         self._push()
         return result
 

@@ -71,7 +71,12 @@ def test_a_run_pushes_itself_and_tells_no_token(
     trained = (tmp_path / "out/stages/task/finished.json").stat().st_mtime_ns
     assert run_gkd.main([str(recipe), REPO]) == 0
     said = capfd.readouterr()
-    assert "[push]" in said.out and "[task]" not in said.out and said.err.count("unchanged") == 2
+    assert (
+        "was finished before" in said.out
+        and "mIoU in percent" in said.out
+        and "[task]" not in said.out
+        and said.err.count("unchanged") == 2
+    )
     assert (commits(hub, "org/tiny"), commits(hub, "org/tiny-custom")) == (1, 1)
     assert (tmp_path / "out/stages/task/finished.json").stat().st_mtime_ns == trained
 
