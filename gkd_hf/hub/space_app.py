@@ -245,10 +245,10 @@ def _percent(share: float) -> str:
 
 CSS = """
 .gradio-container {width: 100%; max-width: 1480px !important; margin: 0 auto}
-.examples .gallery {display: grid !important; grid-template-columns: repeat(4, 1fr); gap: 8px}
+.examples .gallery:not(.container) {display: grid !important; grid-template-columns: repeat(4, 1fr); gap: 8px}
 .examples .gallery-item, .examples .gallery-item span {display: block; width: 100%}
 .examples .gallery-item .container {width: 100%; max-width: none; height: auto; aspect-ratio: 1}
-.examples .gallery-item img {width: 100%; max-width: none; height: 100%; object-fit: cover}
+.examples .gallery-item img {display: block; width: 100%; max-width: none; height: 100%; object-fit: cover}
 .areas {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; border: none !important}
 .areas tr, .areas td, .areas th {border: none !important; padding: 3px 6px 3px 0 !important; text-align: left}
 .areas tr:nth-child(even) {background: none !important}
@@ -317,7 +317,7 @@ def build(segmenters: Sequence[Segmenter], examples: Sequence[str | Path] = ()) 
                 with gr.Column(scale=3, min_width=300):
                     outputs.append(gr.HTML())
         triggers = [page.load, image.change, opacity.release, *(dropdown.input for dropdown in chosen)]
-        gr.on(triggers, segment, [image, opacity, *chosen], outputs, api_name="segment", show_progress="minimal")
+        gr.on(triggers, segment, [image, opacity, *chosen], outputs, api_name="segment")
     return page
 
 
@@ -336,6 +336,8 @@ def launch(page: gr.Blocks, **settings: Any) -> Any:
     theme = theme.set(
         **{f"block_title_{key}{mode}": value for key, value in quiet.items() for mode in ("", "_dark")},
         block_title_padding="0",
+        block_label_text_color="*body_text_color_subdued",
+        body_background_fill="*neutral_100",
     )
     defaults = {"share": False, "ssr_mode": False, "footer_links": ["api"], "show_error": True}
     return page.launch(theme=theme, css=CSS, **(defaults | settings))
