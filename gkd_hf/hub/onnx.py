@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.hub.native import class_logits, load_segmenter
 from gkd_hf.models.loading import image_statistics
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
+from gkd_hf.models.pull import CONFIGURATION, pull
 
 TOLERANCE = 1e-4
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -102,8 +104,9 @@ def export_onnx(
     """Write ``pixel_values`` B×3×H×W → ``logits`` B×K×H×W as ONNX, and check it against PyTorch.
 
     The file is put in place only if onnxruntime gives the same logits for two batch sizes and two image sizes. Its
-    metadata holds ``labels``, ``image_mean``, ``image_std``, ``image_size`` ([height, width] that the preprocessor
-    makes) and ``stride``, as JSON. Of Mask2Former's queries the logits are semantic inference's class scores.
+    metadata holds as JSON ``labels``, ``image_mean``, ``image_std``, ``image_size`` ([height, width] that the
+    preprocessor makes) and ``stride`` (heights and widths have to be multiples of it; 1 for most models). Of
+    Mask2Former's queries the logits are semantic inference's class scores.
 
     Args:
         source: folder or Hub id of a segmenter, see `gkd_hf.hub.native.load_segmenter`.
@@ -119,28 +122,23 @@ def export_onnx(
     if file is None and not os.path.isdir(source):
         raise InputError(f"'{source}' is not a folder: say with --out (file=) where to write the graph")
     file = Path(file) if file is not None else Path(source) / "onnx" / "model.onnx"
-    image_size = size or _processor_size(os.fspath(source), revision)
-    other = size or (image_size[0] + 37, image_size[1] + 91)  # no square, no multiple of anything
-    segmenter = Segmenter(model)
     mean, std = image_statistics(os.fspath(source), revision)
+
+    @torch.no_grad()
+    def reference(pixels: torch.Tensor) -> torch.Tensor:
+        # Not `segmenter`, whose pools are our own: the model as everybody runs it.
+        return class_logits(model(pixels), tuple(pixels.shape[-2:]))
+
+    image_size = size or _processor_size(os.fspath(source), revision)
+    other, stride = (size, 1) if size else _another_size(reference, image_size)
+    segmenter = Segmenter(model)
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    metadata = {
-        "labels": labels,
-        "image_mean": mean,
-        "image_std": std,
-        "image_size": image_size,
-        "stride": segmenter.stride,
-    }
+    metadata = {"labels": labels, "image_mean": mean, "image_std": std, "image_size": image_size, "stride": stride}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=file.parent) as folder:
         written = Path(folder) / file.name
         opset = write_graph(segmenter, written, metadata, size)
         shapes = dict.fromkeys((batch, *shape) for shape in (image_size, other) for batch in (1, 2))
-
-        def reference(pixels: torch.Tensor) -> torch.Tensor:
-            # Not `segmenter`, whose pools are our own: the model as everybody runs it.
-            return class_logits(model(pixels), tuple(pixels.shape[-2:]))
-
         differences = check_parity(written, reference, list(shapes), tolerance)
         os.replace(written, file)
     return OnnxExport(file, opset, labels, differences)
@@ -172,7 +170,7 @@ def write_graph(
         cause = error.__cause__ or error
         raise InputError(
             f"{type(segmenter.model).__name__} cannot be traced to ONNX{_advice(size)}: "
-            f"{str(cause).strip().splitlines()[0]}"
+            f"{' '.join(str(cause).split())[:200]}"
         ) from error
     for key, value in metadata.items():
         program.model.metadata_props[key] = json.dumps(value)
@@ -251,13 +249,36 @@ for index, count in zip(*np.unique(logits[0].argmax(0), return_counts=True)):
 """
 
 
+def _another_size(
+    reference: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int]
+) -> tuple[tuple[int, int], int]:
+    """A second (height, width) that the model takes, and what sizes are multiples of if these two stand for all."""
+    height, width = size
+    multiple = math.gcd(height, width)
+    candidates = [
+        ((height + 37, width + 91), 1),
+        ((2 * height, 3 * width), multiple),
+        ((2 * height, 2 * width), multiple),
+    ]
+    for candidate, stride in candidates:
+        try:
+            reference(torch.zeros(1, 3, *candidate))
+        except (RuntimeError, ValueError):
+            continue  # some of transformers' models take whole windows only, or squares
+        return candidate, stride
+    raise InputError(f"the model takes no other images than {height}×{width}: --size {height}x{width}")
+
+
 def _processor_size(source: str, revision: str | None) -> tuple[int, int]:
     """(height, width) that the preprocessor makes of every image; the traced size where it does not say."""
+    folder = source if os.path.isdir(source) else pull(source, CONFIGURATION, revision=revision)
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision or "main")
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
     except OSError:
         return TRACED_SIZE
     size = settings.get("size") or {}
+    if isinstance(size, int):
+        return size, size
     side = size.get("shortest_edge")
     return size.get("height") or side or TRACED_SIZE[0], size.get("width") or side or TRACED_SIZE[1]
 
@@ -287,4 +308,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0][:200]
