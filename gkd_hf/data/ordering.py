@@ -11,6 +11,7 @@ import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import torch.utils.data
+from huggingface_hub.errors import HTTPError
 
 from gkd_hf.errors import InputError
 
@@ -131,9 +132,10 @@ class OrderedRows:
         try:
             # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
             yield from rows.with_format("arrow").iter(batch_size=_READ_ROWS)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, HTTPError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"domain '{self._name}': the data cannot be read on ({error}); check the shards or the connection"
+                f"domain '{self._name}': the data cannot be read on ({reason}); check the shards or the connection"
             ) from error
 
 

@@ -5,10 +5,13 @@ import os
 import pickle
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from torch.utils.data import DataLoader
 
 from gkd_hf.data import streaming
@@ -288,3 +291,19 @@ def test_camvid_streams_and_resumes():
         assert torch.equal(one["pixel_values"], other["pixel_values"]) and torch.equal(one["labels"], other["labels"])
     assert torch.cat([sample["labels"] for sample in whole]).unique().tolist() == [*range(11), 255]
     assert not any(sample["bad_rows"] for sample in whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [HTTPError("Server\ndisconnected"), pa.ArrowInvalid("Corrupt\nsnappy data")])
+def test_a_stream_that_breaks_off_is_told_in_one_line(error, workers):
+    def breaking_off():
+        yield from ({"image": {"bytes": row_image(number), "path": None}} for number in range(3))
+        raise error
+
+    rows = datasets.IterableDataset.from_generator(breaking_off)
+    stream = SampleStream(rows, RowNumber(), seed=0, micro_batch_size=1, shuffle=False, domain="city")
+    with pytest.raises(InputError) as caught:
+        loaded(stream, 5, workers)
+    reason = " ".join(str(error).split())
+    told = f"domain 'city': the data cannot be read on ({reason}); check the shards or the connection"
+    assert str(caught.value) == told
