@@ -10,6 +10,10 @@ from transformers import TrainingArguments
 from gkd_hf.errors import InputError, nearest
 
 OBJECTIVES = ("qsd", "mse")
+PUSH_REFUSED = (
+    "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out and call "
+    "trainer.push_to_hub() after trainer.train(), for the finished model and its card"
+)
 REFERENCE_BATCH = 512  # the stage-1 learning rate is given for this many images
 
 
@@ -42,10 +46,7 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.push_to_hub:
-            raise InputError(
-                "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it "
-                "out and call trainer.push_to_hub() after trainer.train(), for the finished model and its card"
-            )
+            raise InputError(PUSH_REFUSED)
         if self.hub_token:
             raise InputError(
                 "hub_token would be written into every checkpoint: leave it out, and log in with `hf auth login`, set "

@@ -22,7 +22,7 @@ from gkd_hf.evaluation.domain_report import package_versions
 from gkd_hf.hub.model_card import GKDModelCard, RepoNames
 from gkd_hf.hub.push import push_folder
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
-from gkd_hf.training.arguments import StageArguments
+from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 
 
@@ -240,6 +240,10 @@ class StreamTrainer(Trainer):
         if private is None:
             private = self.args.hub_private_repo is not False
         return push_folder(folder, repo_id, private=private, token=token, summary=commit_message)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Refuse what `Trainer` calls this for: pushing while it trains, also where it was switched on later."""
+        raise InputError(PUSH_REFUSED)
 
     def create_model_card(self, license: str | None = None) -> None:
         """Write the card of the model as it stands to README.md in the output folder."""

@@ -14,11 +14,19 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from gkd_hf import (
+    GKDDistillationArguments,
+    GKDSegmentationArguments,
+    GKDSegmentationTrainer,
+    GKDStudentForSemanticSegmentation,
+    GKDStudentModel,
+)
 from gkd_hf.errors import InputError
 from gkd_hf.hub import upload
 from gkd_hf.hub.push import check_push_rights, push_folder, push_run
 from tests.hub.runs import ROOT, finished_run
 from tests.hub.server import LoopbackHub
+from tests.tiny import ENCODERS
 
 ENCODER, SEGMENTER = "org/gkd-x", "org/gkd-x-toy_city"
 CREATE, COMMIT = r"^/api/repos/create$", r"/commit/"
@@ -354,10 +362,15 @@ def test_trainers_push_the_finished_model_and_no_checkpoint(
 
 
 def test_arguments_that_would_push_checkpoints_are_refused(tmp_path: Path) -> None:
-    from gkd_hf import GKDDistillationArguments, GKDSegmentationArguments
-
     for kind in (GKDDistillationArguments, GKDSegmentationArguments):
         with pytest.raises(InputError, match="trainer.push_to_hub"):
             kind(str(tmp_path), push_to_hub=True, use_cpu=True)
         with pytest.raises(InputError, match="hub_token"):
             kind(str(tmp_path), hub_token="hf_secret", use_cpu=True)
+    arguments = GKDSegmentationArguments(str(tmp_path), use_cpu=True, max_steps=1)
+    arguments.set_push_to_hub("org/x")
+    model = GKDStudentForSemanticSegmentation.from_student(
+        GKDStudentModel.from_encoder(ENCODERS["resnet"]), num_labels=3
+    )
+    with pytest.raises(InputError, match="trainer.push_to_hub"):
+        GKDSegmentationTrainer(model, arguments, [])
