@@ -143,6 +143,8 @@ def write_cards(run_dir: str | os.PathLike, repo_id: str | None = None) -> None:
     """
     run_dir = Path(run_dir)
     facts = RunFacts.load(run_dir)
+    # Where and under which licence it is published may be decided after the training.
+    facts.settings["hub"] = run_settings(run_dir).get("hub")
     report_path = run_dir / "report.json"
     has_task = bool((facts.settings.get("stages") or {}).get("task"))
     report = json.loads(report_path.read_text(encoding="utf-8")) if has_task else None

@@ -168,6 +168,14 @@ def test_a_card_edited_by_hand_is_pushed_as_it_is(run_dir: Path, online: Loopbac
     assert f'"{ENCODER}"'.encode() not in online.repos["model", ENCODER].files()["README.md"]
 
 
+def test_the_licence_may_be_named_after_the_training(run_dir: Path, online: LoopbackHub) -> None:
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("license: null", "license: mit"))
+    push_run(run_dir, ENCODER)
+    for repo_id in (ENCODER, SEGMENTER):
+        assert b"license: mit" in online.repos["model", repo_id].files()["README.md"]
+
+
 def test_the_recipe_says_where(tmp_path: Path, online: LoopbackHub, script: ModuleType) -> None:
     run_dir = finished_run(tmp_path / "run", "hub.repo_id=org/y", "hub.private=false", "stages.task.data=toy_city")
     assert script.main([str(run_dir)]) == 0
