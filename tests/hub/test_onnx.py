@@ -186,7 +186,7 @@ def test_metadata_and_usage(vit: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads(about["image_mean"]) == [0.1, 0.2, 0.3]
     assert json.loads(about["image_std"]) == [0.4, 0.5, 0.6]
     assert json.loads(about["image_size"]) == [48, 64]
-    assert json.loads(about["stride"]) == 8
+    assert json.loads(about["stride"]) == 1
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     image.save(tmp_path / "street.jpg")
     monkeypatch.chdir(tmp_path)
@@ -222,6 +222,22 @@ def test_corrupted_graph_is_refused(vit: Path, script: ModuleType, tmp_path: Pat
     assert "nothing was written" in message
     assert out.read_bytes() == b"the earlier one"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_second_size_is_one_that_the_model_takes() -> None:
+    def whole_windows(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.unflatten(2, (-1, 16)).unflatten(4, (-1, 16))
+
+    def squares(pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.shape[2] != pixels.shape[3]:
+            raise ValueError("squares only")
+        return pixels
+
+    assert export._another_size(lambda pixels: pixels, (48, 64)) == ((85, 155), 1)
+    assert export._another_size(whole_windows, (48, 64)) == ((96, 192), 16)
+    assert export._another_size(squares, (64, 64)) == ((128, 128), 64)
+    with pytest.raises(InputError, match="--size 48x64"):
+        export._another_size(squares, (48, 64))
 
 
 def test_graph_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
