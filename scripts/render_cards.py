@@ -34,9 +34,9 @@ def recipe_card(path: Path) -> str:
 
 def run_card(run_dir: Path, name: str) -> str:
     """The card of a finished run's segmenter, with its figure beside it."""
-    shutil.copyfile(run_dir / "segmenter" / "report.png", CARDS / f"{name}.png")
+    shutil.copyfile(run_dir / "segmenter" / "report.png", CARDS / f"{name}_report.png")
     card = (run_dir / "segmenter" / "README.md").read_text(encoding="utf-8")
-    return card.replace("](report.png)", f"]({name}.png)")
+    return card.replace("](report.png)", f"]({name}_report.png)")
 
 
 def main(argv: list[str] | None = None) -> int:
