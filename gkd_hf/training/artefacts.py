@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from PIL import Image
-from transformers import PreTrainedModel
 
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.evaluation.domain_report import DomainReport
@@ -19,6 +18,7 @@ from gkd_hf.hub.licences import PERMISSIVE, card_domain
 from gkd_hf.hub.native import export_encoder, export_segmenter
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.models.pull import pulled_commit
 from gkd_hf.training.recipe import Recipe
 from gkd_hf.training.recipe_data import data_root
 from gkd_hf.training.stage_folder import replace_folder
@@ -71,16 +71,15 @@ def _save_example(place: Path, report: DomainReport) -> None:
             return
 
 
-def resolved_commits(recipe: Recipe, models: dict[str, PreTrainedModel | None]) -> dict[str, str]:
-    """The Hub commits behind the names in a recipe, as far as they can be found out.
-
-    Args:
-        recipe: names the data. models: role (`student`, `teacher`) → the encoder that was loaded.
-    """
+def resolved_commits(recipe: Recipe) -> dict[str, str]:
+    """The Hub commits behind the names in a recipe whose models were loaded, as far as they can be found out."""
+    named = {"student": (recipe.student.encoder, recipe.student.revision)}
+    if any(True for _ in recipe.stages.distillation()):
+        named["teacher"] = (recipe.teacher.name, recipe.teacher.revision)
     found: dict[str, str] = {}
-    for role, model in models.items():
-        # transformers sets it on a configuration that came from the Hub, and on no other.
-        commit = None if model is None else vars(model.config).get("_commit_hash")
+    for role, (name, revision) in named.items():
+        # A student may be a configuration in the recipe, and `toy` is the teacher in the package.
+        commit = pulled_commit(name, revision) if isinstance(name, str) and name != "toy" else None
         if commit:
             found[role] = commit
     for domain in dict.fromkeys(stage.data for _, stage in recipe.stages):

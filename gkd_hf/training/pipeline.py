@@ -154,8 +154,7 @@ class Pipeline:
                     self._new_segmenter(student, stage)
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
-        loaded = {"student": student.encoder, "teacher": teacher and teacher.encoder}
-        self.facts.commits = resolved_commits(self.recipe, loaded)
+        self.facts.commits = resolved_commits(self.recipe)
 
     def _folders(self) -> dict[str, StageFolder]:
         """The folder of every stage and baseline, with what decides its outcome."""

@@ -191,6 +191,11 @@ def test_a_recipe_from_the_hub_and_back(tmp_path: Path, toy_hub: LoopbackHub, ba
     assert {"handler.py", "modeling_gkd.py", "report.json"} <= segmenter.files().keys()
     report = json.loads((out / "report.json").read_text())
     assert json.loads(segmenter.files()["report.json"])["targets"] == report["targets"]
+    sources = {"teacher": ("model", "org/tiny-dinov2"), "data.toy_city": ("dataset", "org/toy-city")}
+    for role, repo in sources.items():
+        commit = toy_hub.repos[repo].commits[-1].oid
+        assert json.loads((out / "card.json").read_text())["commits"][role] == commit
+        assert f"{role} `{commit}`" in " ".join(encoder.files()["README.md"].decode().split())
 
     for path in [*out.rglob("*"), *(tmp_path / "home").rglob("*.log")]:
         assert not path.is_file() or toy_hub.write_token.encode() not in path.read_bytes(), path
