@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,10 +164,26 @@ class DomainReport:
         """Write report.png, report.md and, last, report.json: each appears whole or not at all."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / "report.png", self._draw)
+        self.draw(folder / "report.png")
         _write_atomically(folder / "report.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
         content = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write_atomically(folder / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
+
+    def draw(self, path: str | Path, shown: Collection[str] | None = None) -> None:
+        """Write the picture of the report as a PNG, whole or not at all: a row for each domain.
+
+        Args:
+            path: the file.
+            shown: domains of which pictures, truth and predictions may be in it, for a picture that is passed on;
+                the others have no row. None: all.
+
+        Raises:
+            InputError: no domain is left.
+        """
+        domains = [name for each in self._domains() for name in each if shown is None or name in shown]
+        if shown is not None and not domains:
+            raise InputError(f"there is nothing to draw into {path}: none of its domains is in the report")
+        _write_atomically(Path(path), lambda place: self._draw(place, domains))
 
     # What the three forms of the report share.
 
@@ -285,11 +301,10 @@ class DomainReport:
         ]
         return "\n".join(lines)
 
-    def _draw(self, path: Path) -> None:
-        sources, targets = self._domains()
+    def _draw(self, path: Path, domains: list[str]) -> None:
         columns = self._columns()
         rows = []
-        for domain in [*sources, *targets]:
+        for domain in domains:
             examples = next((r[domain].examples for r in reversed(columns.values()) if domain in r), [])
             cells = []
             for title, results in columns.items():

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# Begins of lines that are no prose, and the parts of prose that stay on one line.
+_NO_PROSE = ("#", "|", "<", "![", "- ", "    ")
+_UNBROKEN = re.compile(r"`[^`]+`|!?\[[^\]]*\]\([^)]*\)")
 
 
 def percent(value: float) -> str:
@@ -52,3 +58,31 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if not (isinstance(value, dict) and value):
         return [(prefix, json.dumps(value, ensure_ascii=False))] if prefix else []
     return [row for key, each in value.items() for row in flatten(each, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def wrapped(markdown: str, width: int = 100) -> str:
+    """Break the lines of a text's paragraphs anew; code, tables, headings and everything else stays as it is."""
+    lines: list[str] = []
+    paragraph: list[str] = []
+    in_code = False
+
+    def close(quote: str = "") -> None:
+        if paragraph:
+            # A command or a link that is broken over two lines is hard to read and to copy.
+            text = _UNBROKEN.sub(lambda part: part[0].replace(" ", "\0"), " ".join(paragraph))
+            filled = textwrap.wrap(text, width - len(quote), break_long_words=False, break_on_hyphens=False)
+            lines.extend(quote + line.replace("\0", " ") for line in filled)
+            paragraph.clear()
+
+    quote = ""
+    for line in markdown.splitlines():
+        fence = line.startswith("```")
+        if in_code or fence or not line.strip() or line.startswith(_NO_PROSE):
+            close(quote)
+            lines.append(line)
+            in_code ^= fence
+            continue
+        quote = "> " if line.startswith("> ") else ""
+        paragraph.append(line.removeprefix("> ").strip())
+    close(quote)
+    return "\n".join(lines)

@@ -184,6 +184,25 @@ def test_picture_shows_image_truth_and_predictions_in_the_classes_colours(tmp_pa
     assert picture.shape[0] / picture.shape[1] == pytest.approx(2 * ratio / 4, abs=0.35)
 
 
+def test_a_picture_for_others_has_rows_of_the_domains_that_may_be_shown(tmp_path):
+    report, colours = DomainReport("day", Space(), {}, 0), {"day": (10, 200, 30), "night": (250, 10, 240)}
+    for domain, colour in colours.items():
+        image, labels = np.full((64, 64, 3), colour, np.uint8), np.zeros((64, 64), np.uint8)
+        report.add(result(domain, 1, 1, examples=[(image, labels, labels)]))
+
+    def shown(path):
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        return {name for name, colour in colours.items() if (np.abs(picture - colour).sum(-1) < 8).mean() > 0.05}
+
+    report.draw(tmp_path / "all.png")
+    assert shown(tmp_path / "all.png") == {"day", "night"}
+    report.draw(tmp_path / "some.png", shown=["night", "elsewhere"])
+    assert shown(tmp_path / "some.png") == {"night"}
+    with pytest.raises(InputError, match="nothing to draw"):
+        report.draw(tmp_path / "none.png", shown=["elsewhere"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "some.png"]
+
+
 def test_picture_without_examples_is_still_written(report, tmp_path):
     report.write(tmp_path)
     assert Image.open(tmp_path / "report.png").size[0] > 300
