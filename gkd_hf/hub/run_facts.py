@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import posixpath
 import re
 import shlex
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gkd_hf.errors import InputError
@@ -21,8 +24,13 @@ from gkd_hf.hub.native import Exported
 
 FACTS_NAME = "card.json"
 
-# An absolute path inside other text, as in a list or mapping given on the command line; not what follows `https:`.
-_PATH_INSIDE = re.compile(r"(?<![\w:/.~-])(?:~|/)(?:[^\s/,;:'\"{}\[\]=]+/|/)*([^\s/,;:'\"{}\[\]=]+)/?")
+# What an absolute path begins with; the paths of Windows too, from wherever a recipe may come.
+_ABSOLUTE = re.compile(r"file:|[A-Za-z]:[\\/]|\\\\|[/~]")
+# One inside other text, as in the reason why a row was skipped; not what follows `https:`.
+_PATH_INSIDE = re.compile(
+    r"(?<![\w:/\\.~-])(?:file:/*|[A-Za-z]:[\\/]+|\\\\|~|/)"
+    r"(?:[^\s/\\,;:'\"{}\[\]=]+[/\\]|[/\\])*([^\s/\\,;:'\"{}\[\]=]+)[/\\]?"
+)
 
 
 @dataclass
@@ -157,11 +165,12 @@ def command_line(argv: Sequence[str], processes: int) -> str:
     """
     if Path(argv[0]).name != "run_gkd.py":
         return ""
-    launcher = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
+    # Without --multi_gpu, Accelerate starts a single process where there is no GPU; with it, as many as are wanted.
+    launcher = f"accelerate launch --multi_gpu --num_processes {processes}" if processes > 1 else "python"
     arguments = []
     for argument in argv[1:]:
         key, equals, value = argument.partition("=")
-        arguments.append(f"{key}={shortened(value)}" if equals else _recipe_name(argument))
+        arguments.append(f"{key}={_shortened_yaml(value)}" if equals else _recipe_name(argument))
     return " ".join([launcher, "scripts/run_gkd.py", *map(shlex.quote, arguments)])
 
 
@@ -172,14 +181,41 @@ def _recipe_name(argument: str) -> str:
     return shortened(argument)
 
 
+def _shortened_yaml(text: str) -> str:
+    """`shortened` for an override's value, which is YAML: a path in it may hold spaces, or lie in a mapping."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return shortened(text)
+    if isinstance(value, str):
+        return shortened(value)
+    short = shortened(value)
+    if short == value:
+        return text
+    return yaml.safe_dump(short, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()
+
+
 def shortened(value: Any) -> Any:
-    """The same nested plain value with every absolute path in it cut to its last component."""
+    """The same nested plain value with every path out of the working directory cut to its last component."""
     if isinstance(value, Mapping):
         return {key: shortened(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [shortened(each) for each in value]
     if not isinstance(value, str):
         return value
-    if value.startswith(("/", "~")) and "\n" not in value:
-        return Path(value).name or value
+    if "\n" not in value and _leads_out(value):
+        return _last_component(value)
     return _PATH_INSIDE.sub(r"\1", value)
+
+
+def _leads_out(text: str) -> bool:
+    """Whether a text is one path, absolute or up from the working directory."""
+    if _ABSOLUTE.match(text):
+        return True
+    steps = text.replace("\\", "/")
+    return "://" not in text and posixpath.normpath(steps).split("/")[0] == ".."
+
+
+def _last_component(path: str) -> str:
+    parts = [part for part in re.split(r"[/\\]+", path) if part not in ("", ".", "..", "file:") and part[0] != "~"]
+    return parts[-1] if parts else "."
