@@ -33,8 +33,11 @@ def recipe_card(path: Path) -> str:
 
 
 def run_card(run_dir: Path, name: str) -> str:
-    """The card of a finished run's segmenter, with its figure beside it."""
-    shutil.copyfile(run_dir / "segmenter" / "report.png", CARDS / f"{name}_report.png")
+    """The card of a finished run's segmenter, with its figure beside it if it has one."""
+    figure, place = run_dir / "segmenter" / "report.png", CARDS / f"{name}_report.png"
+    place.unlink(missing_ok=True)
+    if figure.is_file():
+        shutil.copyfile(figure, place)
     card = (run_dir / "segmenter" / "README.md").read_text(encoding="utf-8")
     return card.replace("](report.png)", f"]({name}_report.png)")
 

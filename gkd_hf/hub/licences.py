@@ -49,7 +49,7 @@ def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
     found: dict[str, Terms] = {}
     for stage in (settings.get("stages") or {}).values():
         if stage is not None:
-            found[stage["data"]] = data_terms(stage["data"], "trained on")
+            found[stage["data"]] = data_terms(settings, stage["data"], "trained on")
     terms = list(found.values()) or [Terms("trained on", "images", "unknown here: no recipe names them", "")]
     teacher = settings.get("teacher")
     if teacher:
@@ -60,20 +60,50 @@ def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
     return terms
 
 
-def data_terms(name: str, role: str) -> Terms:
-    """The terms of a domain's data."""
-    entry = card_domain(name)
-    return Terms(role, name, entry.licence or "unknown here: your own data", entry.licence_id, entry.home_page)
+def data_terms(settings: Mapping[str, Any], name: str, role: str) -> Terms:
+    """The terms of a domain's data, where the recipe has it from.
+
+    A known data set keeps its terms wherever it lies. What lies in the place of a custom domain, or where the recipe
+    says that a toy city is, this package has not made and cannot know.
+    """
+    place, entry = data_place(settings, name), card_domain(name)
+    kind = name.partition(":")[0]
+    if kind == "custom" or (kind == "toy_city" and not is_rendered(settings, name)):
+        page = f"https://huggingface.co/datasets/{place}" if is_hub_id(place) else ""
+        return Terms(role, name, "see its page" if page else "unknown here: your own data", "", page)
+    return Terms(role, name, entry.licence or "unknown here", entry.licence_id, entry.home_page)
 
 
 def weight_terms(name: str, role: str) -> Terms:
     """The terms of an encoder's weights."""
     if name == "toy":
         return Terms(role, "toy (ships with gkd_hf)", "Apache-2.0", PERMISSIVE)
-    page = f"https://huggingface.co/{name}" if is_hub_id(name) else ""
+    if not is_hub_id(name):  # a folder may be called like a repository
+        return Terms(role, name, "unknown here", "")
+    page = f"https://huggingface.co/{name}"
     if name.startswith(_APACHE):
         return Terms(role, name, "Apache-2.0", PERMISSIVE, page)
-    return Terms(role, name, "see its page" if page else "unknown here", "", page)
+    return Terms(role, name, "see its page", "", page)
+
+
+def binding_terms(settings: Mapping[str, Any]) -> list[Terms]:
+    """Those of the ingredients whose terms are not known to be as free as Apache-2.0."""
+    return [each for each in ingredients(settings) if each.licence_id != PERMISSIVE]
+
+
+def may_be_shown(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a domain's pictures may go to others with a model: only where its terms are known to ask nothing."""
+    return data_terms(settings, name, "shown").licence_id == PERMISSIVE
+
+
+def is_rendered(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a domain is a toy city that this package rendered, as far as the recipe tells."""
+    return name.partition(":")[0] == "toy_city" and "data" in settings and not data_place(settings, name)
+
+
+def data_place(settings: Mapping[str, Any], name: str) -> str:
+    """Folder or Hub id that the recipe gives for a domain; "" if it gives none."""
+    return ((settings.get("data") or {}).get("roots") or {}).get(name, "")
 
 
 def derived_licence(settings: Mapping[str, Any], card_page: str = "") -> Licence:
@@ -85,8 +115,7 @@ def derived_licence(settings: Mapping[str, Any], card_page: str = "") -> Licence
     named = (settings.get("hub") or {}).get("license")
     if named and named != "other":
         return Licence(named)
-    terms = ingredients(settings)
-    binding = [each for each in terms if each.licence_id != PERMISSIVE]
+    binding = binding_terms(settings)
     if not binding and not named:
         return Licence(PERMISSIVE)
     pages = [each.page for each in binding if each.page]

@@ -18,8 +18,18 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gkd_hf.data.shards import is_hub_id
-from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed
-from gkd_hf.hub.licences import card_domain, data_terms, derived_licence, ingredients
+from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed, wrapped
+from gkd_hf.hub.licences import (
+    binding_terms,
+    card_domain,
+    data_place,
+    data_terms,
+    derived_licence,
+    ingredients,
+    is_rendered,
+    may_be_shown,
+)
+from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card" / "TEMPLATE.md"
@@ -96,8 +106,8 @@ class GKDModelCard:
     def render(self) -> ModelCard:
         """Return the card; its metadata was parsed back from what was written."""
         card = ModelCard.from_template(self.metadata(), template_path=str(TEMPLATE), **self._values())
-        # What a template leaves out leaves its empty lines behind.
-        card.text = "\n" + re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"
+        # What a template leaves out leaves its empty lines behind, and lines that are as long as what was filled in.
+        card.text = "\n" + wrapped(re.sub(r"\n{3,}", "\n\n", card.text).strip()) + "\n"
         return card
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -156,8 +166,7 @@ class GKDModelCard:
         return list(dict.fromkeys(stage["data"] for stage in stages if stage))
 
     def _hub_datasets(self) -> list[str]:
-        roots = (self.facts.settings.get("data") or {}).get("roots") or {}
-        places = [roots[name] for name in self._trained_domains() if name in roots]
+        places = [data_place(self.facts.settings, name) for name in self._trained_domains()]
         return list(dict.fromkeys(place for place in places if is_hub_id(place)))
 
     def _eval_results(self) -> list[EvalResult]:
@@ -171,12 +180,14 @@ class GKDModelCard:
             if result["miou"] is None:
                 continue
             unseen = name in self.report["targets"]
-            place = ((self.facts.settings.get("data") or {}).get("roots") or {}).get(name, "")
+            place = data_place(self.facts.settings, name)
             found.append(
                 EvalResult(
                     task_type="image-segmentation",
                     task_name="Semantic segmentation",
                     dataset_type=place if is_hub_id(place) else name,
+                    # Domains that lie in one data set would else be taken for one, with two results.
+                    dataset_config=name,
                     dataset_name=f"{name} ({'unseen in training' if unseen else 'source, held out'})",
                     dataset_split=card_domain(name).splits.get("test"),
                     metric_type="mean_iou",
@@ -212,10 +223,12 @@ class GKDModelCard:
             "by_domain": self.by_domain() if self.report else None,
             "by_class": self.by_class() if self.report else None,
             "baseline": bool(self.report and self.report["baselines"]),
-            "toy": any(name.partition(":")[0] == "toy_city" for name in self._trained_domains()),
+            "toy": bool(task) and is_rendered(settings, task["data"]),
             "toy_teacher": (settings.get("teacher") or {}).get("name") == "toy",
             "figure": "report.png" in self.files,
+            "unshown": self._unshown(),
             "onnx": "onnx/model.onnx" in self.files,
+            "onnx_usage": onnx_usage("onnx/model.onnx" if self.names.on_hub else f"{self.name}/onnx/model.onnx"),
             "handler": "handler.py" in self.files,
             "command": self.facts.command,
             "plan": self._plan(),
@@ -226,9 +239,17 @@ class GKDModelCard:
             "seed": settings.get("seed"),
             "commits": self.facts.commits,
             "terms": self._terms(),
+            "binding": bool(binding_terms(settings)),
             "licence": self.metadata().license,
             "arxiv": ARXIV,
         }
+
+    def _unshown(self) -> list[str]:
+        """Domains that were measured and of which no picture goes with the model."""
+        if not self.report:
+            return []
+        measured = [*([self.report["source"]] if self.report["source_result"] else []), *self.report["targets"]]
+        return [name for name in measured if not may_be_shown(self.facts.settings, name)]
 
     def _student(self) -> str:
         student = self.facts.settings.get("student") or {}
@@ -341,7 +362,9 @@ class GKDModelCard:
             return None
         terms = ingredients(settings)
         known = {each.name for each in terms}
-        terms += [data_terms(name, "measured on") for name in settings.get("evaluate") or [] if name not in known]
+        terms += [
+            data_terms(settings, name, "measured on") for name in settings.get("evaluate") or [] if name not in known
+        ]
         rows = [[each.role, f"`{shortened(each.name)}`", each.words, each.page or "–"] for each in terms]
         return markdown_table(["used as", "what", "licence", "page"], rows, align="---")
 

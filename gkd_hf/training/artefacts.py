@@ -14,7 +14,7 @@ from PIL import Image
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.evaluation.domain_report import DomainReport
 from gkd_hf.hub import handler
-from gkd_hf.hub.licences import PERMISSIVE, card_domain
+from gkd_hf.hub.licences import may_be_shown
 from gkd_hf.hub.native import export_encoder, export_segmenter
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
@@ -51,23 +51,23 @@ def write_segmenter(
         needed = ["transformers>=5.23", "pillow", *(["scipy"] if head == "mask2former" else [])]
         (place / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
         if report is not None:
-            report.write(place)
-            (place / "report.md").unlink()  # its tables are in the card
-            content = json.loads((place / "report.json").read_text(encoding="utf-8"))
-            # The same figures, but nobody else's business where things lay on this machine.
-            content["settings"] = shortened(content["settings"])
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            # The figures of the run's own, but nobody else's business where things lay on this machine.
+            text = json.dumps(shortened(report.as_dict()), indent=2, ensure_ascii=False) + "\n"
             (place / "report.json").write_text(text, encoding="utf-8")
-            _save_example(place, report)
+            _save_pictures(place, report, facts)
 
     replace_folder(folder, save)
 
 
-def _save_example(place: Path, report: DomainReport) -> None:
-    """Keep an image of an unseen domain for the widget, if its licence lets it be passed on."""
-    for name, result in report.results.items():
-        if name != report.source and result.examples and card_domain(name).licence_id == PERMISSIVE:
-            Image.fromarray(result.examples[0][0]).save(place / "example.png")
+def _save_pictures(place: Path, report: DomainReport, facts: RunFacts) -> None:
+    """Keep the figure and, for the widget, an image of an unseen domain: of domains that may be passed on."""
+    shown = [name for name in report.results if may_be_shown(facts.settings, name)]
+    if shown:
+        report.draw(place / "report.png", shown)
+    for name in shown:
+        examples = report.results[name].examples
+        if name != report.source and examples:
+            Image.fromarray(examples[0][0]).save(place / "example.png")
             return
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
 from gkd_hf.evaluation.report_text import percent, signed
-from gkd_hf.hub.licences import derived_licence
+from gkd_hf.hub.licences import Terms, derived_licence, weight_terms
 from gkd_hf.hub.model_card import ARXIV, TEMPLATE, GKDModelCard, RepoNames
+from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.push import write_cards
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, command_line, shortened
 from gkd_hf.training.recipe import load_recipe
-from tests.hub.runs import ROOT, finished_run, report_of
+from tests.hub.runs import ROOT, finished_run, invented_image, report_of
 from tests.hub.server import LoopbackHub
 from tests.tiny import MASK2FORMER
 
@@ -158,12 +162,85 @@ def test_hub_ids_become_base_model_and_datasets() -> None:
         ),
         (["stages.domain_agnostic.data=custom:mine"], "other", "https://huggingface.co/org/x#licences"),
         (["hub.license=other"], "other", "https://huggingface.co/org/x#licences"),
+        # Called like the toy city, and somebody's pictures.
+        (
+            ["data.roots={toy_city: org/cityscapes}"],
+            "other",
+            "https://huggingface.co/datasets/org/cityscapes",
+        ),
+        (["data.roots={toy_city: /data/mine}"], "other", "https://huggingface.co/org/x#licences"),
     ],
 )
 def test_licence(overrides: list[str], expected: str, link: str | None) -> None:
     licence = derived_licence(settings_of(*overrides), "https://huggingface.co/org/x")
     assert (licence.id, licence.link) == (expected, link)
     assert (licence.name is not None) == (expected == "other")
+
+
+def test_a_folder_called_like_a_repository_has_unknown_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "facebook/dinov2-base"
+    assert weight_terms(name, "teacher").licence_id == "apache-2.0"
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert weight_terms(name, "teacher") == Terms("teacher", name, "unknown here", "")
+    assert derived_licence(settings_of(f"teacher.name={name}")).id == "other"
+
+
+FREE = "and so is the model"
+BOUND = "may be bound by the terms"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "missing"),
+    [
+        ([], FREE, BOUND),
+        (["hub.license=mit"], "the model itself is `mit`", FREE),
+        (["hub.license=apache-2.0"], FREE, BOUND),
+        (["hub.license=apache-2.0", "stages.domain_agnostic.data=gtav"], BOUND, FREE),
+        (["data.roots={toy_city: org/cityscapes}"], BOUND, FREE),
+    ],
+)
+def test_only_what_was_made_from_free_things_is_called_free(overrides: list[str], there: str, missing: str) -> None:
+    text = " ".join(card_of(QUICKSTART, *overrides).text.split())
+    assert there in text and missing not in text
+    assert ("All that this model was made from is Apache-2.0" in text) == (missing != FREE or "mit" in there)
+
+
+def test_pictures_of_unknown_terms_stay_at_home(tmp_path: Path) -> None:
+    mine = "data.roots={toy_city: org/cityscapes, 'toy_city:night': /data/mine}"
+    folder = finished_run(tmp_path / "run", mine)
+    ours, pushed = (Image.open(place / "report.png").size for place in (folder, folder / "segmenter"))
+    assert pushed[0] == ours[0] and pushed[1] < 0.8 * ours[1]  # two rows of six are gone
+    text = (folder / "segmenter" / "README.md").read_text()
+    assert "rendered by this package" in text and text.count("| see its page |") == 1
+    assert "The toy city is rendered" not in text  # what it was trained on was not
+    assert "No picture of toy_city, toy_city:night is shown" in text
+    for name in ("toy_city (source)", "toy_city:night", "toy_city:fog"):
+        assert f"| {name} |" in text
+    widget = np.asarray(Image.open(folder / "segmenter" / "example.png"))
+    assert (widget == invented_image("toy_city:fog")).all()
+
+
+def test_a_run_of_unknown_terms_is_pushed_without_pictures(tmp_path: Path) -> None:
+    names = ("toy_city", "toy_city:night")
+    roots = ", ".join(f"'{name}': /data/mine" for name in names)
+    folder = finished_run(tmp_path / "run", f"data.roots={{{roots}}}", "evaluate=[toy_city:night]")
+    assert (folder / "report.png").is_file() and not list((folder / "segmenter").glob("*.png"))
+    card = ModelCard.load(folder / "segmenter" / "README.md")
+    assert "report.png" not in card.text and "widget" not in card.data.to_dict()
+    assert [result.dataset_config for result in card.data.eval_results] == list(names)
+
+
+def test_domains_of_one_data_set_keep_their_results_apart(tmp_path: Path) -> None:
+    roots = "data.roots={'toy_city:night': org/toys, 'toy_city:fog': org/toys}"
+    folder = finished_run(tmp_path / "run", roots, "evaluate=[toy_city:night, toy_city:fog]")
+    data = ModelCard.load(folder / "segmenter" / "README.md").data
+    index = data.to_dict()["model-index"][0]["results"]
+    found = {each["dataset"]["config"]: [metric["value"] for metric in each["metrics"]] for each in index}
+    report = report_of(folder)
+    for name, result in report["targets"].items():
+        assert found[name] == [result["miou"]]
+    assert {each["dataset"]["type"] for each in index} == {"toy_city", "org/toys"}
 
 
 def test_licences_of_data_and_teacher_are_listed_with_their_pages() -> None:
@@ -198,7 +275,10 @@ def test_how_to_load_is_what_was_exported(tmp_path: Path, head: Any, there: str,
     (folder / "segmenter" / "onnx").mkdir()
     (folder / "segmenter" / "onnx" / "model.onnx").write_bytes(b"")
     write_cards(folder, "org/gkd-x")
-    assert "`onnx/model.onnx` is the same model" in (folder / "segmenter" / "README.md").read_text()
+    text = (folder / "segmenter" / "README.md").read_text()
+    assert "`onnx/model.onnx` is the same model" in text
+    assert f"```python\n{onnx_usage()}```\n" in text
+    assert '`hf download org/gkd-x-toy_city --include "onnx/*" --local-dir .`' in text
 
 
 def test_the_square_inputs_of_dpt_are_told(tmp_path: Path) -> None:
@@ -208,7 +288,7 @@ def test_the_square_inputs_of_dpt_are_told(tmp_path: Path) -> None:
 
 
 def test_the_body_tells_how_it_was_made(cards: dict[str, ModelCard]) -> None:
-    text = cards["segmenter"].text
+    text = " ".join(cards["segmenter"].text.split())
     for expected in (
         "python scripts/run_gkd.py scripts/recipes/quickstart.yaml",
         "| `task_agnostic` | toy_city:pool | 10 | 16 | 0.001 | loss 0.5, patch 0.25 | 12 s | 1 × CPU, fp32 |",
@@ -217,12 +297,25 @@ def test_the_body_tells_how_it_was_made(cards: dict[str, ModelCard]) -> None:
         "seed 0",
         f"https://arxiv.org/abs/{ARXIV}",
         "@inproceedings{",
+        "{Generalizable Knowledge Distillation from Vision Foundation Models for Semantic Segmentation}",
         "## Intended use and limits",
         "says nothing about real streets",
     ):
         assert expected in text, expected
     assert "org/gkd-x-toy_city" in cards["encoder"].text
     assert not re.search(r"\{\{|\}\}|\{%|None|nan", text)
+
+
+def test_prose_is_broken_into_even_lines_and_nothing_else(cards: dict[str, ModelCard]) -> None:
+    for card in cards.values():
+        text = re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
+        for paragraph in re.split(r"\n\n+", text.strip()):
+            *full, _ = lines = paragraph.splitlines()
+            if lines[0].startswith(("#", "|", "<", "![")):
+                continue
+            assert all(len(line) <= 100 or "](" in line or "`" in line for line in lines), paragraph
+            assert all(len(line) >= 50 for line in full), paragraph
+        assert text.count("`") % 2 == 0 and not re.search(r"(?m)^[^`\n]*(`[^`\n]*`[^`\n]*)*`[^`\n]*$", text)
 
 
 def test_nothing_private_is_told(run_dir: Path) -> None:
@@ -234,11 +327,40 @@ def test_nothing_private_is_told(run_dir: Path) -> None:
 def test_paths_are_cut_to_their_last_component() -> None:
     assert shortened({"a": ["/data/x/gtav", "~/y", 3], "b": "org/name"}) == {"a": ["gtav", "y", 3], "b": "org/name"}
     assert shortened("{gtav: /data/my/gtav, b: ~/x/y}") == "{gtav: gtav, b: y}"
+    assert shortened(["../../joe/x", "a/../../joe/x", "/home/joe/My Data/gtav", "runs/x"]) == [
+        "x",
+        "x",
+        "gtav",
+        "runs/x",
+    ]
+    assert (
+        shortened(["file:///home/joe/x", "file:/home/joe/x", r"C:\Users\joe\x", "C:/joe/x", r"\\joe\x"]) == ["x"] * 5
+    )
+    assert shortened(r"no image in /home/joe/a.png, C:\joe\b.png") == "no image in a.png, b.png"
+    assert shortened(["~joe", "..", "/"]) == ["."] * 3
     assert shortened("see https://example.org/a/b or ../up") == "see https://example.org/a/b or ../up"
     argv = ["/home/me/gkd/scripts/run_gkd.py", "/home/me/gkd/scripts/recipes/quickstart.yaml", "output_dir=/tmp/a b/c"]
     assert command_line(argv, 1) == "python scripts/run_gkd.py scripts/recipes/quickstart.yaml output_dir=c"
-    assert command_line(argv, 2).startswith("accelerate launch --num_processes 2 scripts/run_gkd.py")
+    several = command_line(argv, 2)
+    assert several.startswith("accelerate launch --multi_gpu --num_processes 2 scripts/run_gkd.py")
     assert command_line(["/usr/bin/jupyter"], 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{gtav: /home/joe/My Data/gtav, synthia: org/synthia}", "{gtav: gtav, synthia: org/synthia}"),
+        ("[../../joe/x, 1e-4]", "[x, 1e-4]"),
+        (r"{gtav: 'C:\Users\joe\x'}", "{gtav: x}"),
+        ("file:///home/joe/x", "x"),
+        ("'/home/joe/My Data'", "My Data"),
+        ("{type:  upernet}", "{type:  upernet}"),  # nothing to cut: as it was typed
+        ("null", "null"),
+    ],
+)
+def test_a_command_tells_no_places(value: str, expected: str) -> None:
+    told = command_line(["scripts/run_gkd.py", f"data.roots={value}"], 1)
+    assert shlex.split(told)[2:] == [f"data.roots={expected}"]
 
 
 def test_facts_survive_the_disk(tmp_path: Path, run_dir: Path) -> None:
@@ -275,7 +397,7 @@ def test_every_recipe_has_its_card_as_rendered(recipe: Path, render_cards: Modul
         assert settings == shortened(ours)
     else:
         assert text == render_cards.recipe_card(recipe)
-        assert "**Not run.**" in text and "no numbers are claimed" in text
+        assert "**Not run.**" in text and "no numbers are claimed" in re.sub(r"\s>?\s*", " ", text)
         assert "## Results" not in text
 
 
