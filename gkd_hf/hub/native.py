@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from gkd_hf.errors import InputError
 from gkd_hf.hub.conversion import NotNativeError, to_native
-from gkd_hf.hub.remote_code import model_files, save_with_code
+from gkd_hf.hub.remote_code import save_with_code
 from gkd_hf.hub.segmenters import class_logits, load_segmenter, quiet
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
@@ -29,7 +30,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStu
 __all__ = ["Exported", "class_logits", "export_encoder", "export_segmenter", "image_processor", "load_segmenter"]
 
 DPT = "DPTForSemanticSegmentation"
-TOLERANCE = 1e-5  # of the largest value compared where that is above 1, else absolute
+TOLERANCE = 1e-5  # of the largest absolute value that the student gives
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Exported:
         architecture: the class, for example ``UperNetForSemanticSegmentation``.
         auto_class: the Auto class that loads it.
         reason: why it is not native, "" if it is.
-        max_difference: largest absolute difference to the student (tokens or class logits, fp32, random images).
+        max_difference: largest absolute difference to the student (tokens or class logits, fp32, random images). It
+            is at most 1e-5 of the largest absolute value that the student gives for the same image: at most 1e-5
+            where that value is at most 1, less for the small logits of a head that is hardly trained, and more than
+            1e-5 only where logits are above 1, as far as fp32 can tell them apart.
         limits: what the exported class cannot do or needs to be told, "" if nothing.
     """
 
@@ -58,11 +62,13 @@ def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image
     """Write the student's encoder as the plain transformers model that it is, and its preprocessor configuration.
 
     Args:
+        folder: a new or empty one.
         image_size: side in pixels of the square images that the preprocessor makes.
 
     Raises:
-        InputError: the written encoder, loaded by ``AutoModel``, does not give the student's tokens; nothing is put
-            into ``folder`` then.
+        InputError: the written encoder, loaded by ``AutoModel``, does not give the student's tokens (they differ by
+            more than 1e-5 of the largest absolute value among them), or ``folder`` holds something or cannot be
+            written; nothing is put into it then.
     """
     student = _own_copy(student)
 
@@ -100,11 +106,14 @@ def export_segmenter(
     segmenter itself pads others.
 
     Args:
+        folder: a new or empty one.
         image_size: side in pixels of the square images that the segmenter was trained on. There, and but for DPT at
             another, rectangular size, the logits are compared.
 
     Raises:
-        InputError: what was written does not give the segmenter's class logits; nothing is put into ``folder`` then.
+        InputError: what was written does not give the segmenter's class logits (they differ by more than 1e-5 of the
+            largest absolute logit, see `Exported`), or ``folder`` holds something or cannot be written; nothing is
+            put into it then.
     """
     segmenter = _own_copy(segmenter)
     head = segmenter.config.decode_head["type"]
@@ -126,8 +135,6 @@ def export_segmenter(
     limits = ""
     if name == DPT:
         limits = f"takes square images only, and gives the student's logits at {image_size}×{image_size}"
-    elif universal:
-        limits = 'pipeline("image-segmentation") needs subtask="semantic", or it looks for single objects'
     auto_class = "AutoModelForUniversalSegmentation" if universal else "AutoModelForSemanticSegmentation"
     return Exported(Path(folder), not reason, name, auto_class, reason, difference, limits)
 
@@ -143,7 +150,11 @@ def image_processor(config: GKDStudentConfig, image_size: int) -> SegformerImage
 
 
 def mask2former_processor(config: GKDStudentConfig, image_size: int) -> Mask2FormerImageProcessorPil:
-    """The same for transformers' Mask2Former, whose outputs only its own processor can read."""
+    """The same for transformers' Mask2Former, whose outputs only its own processor can read.
+
+    Its panoptic and instance post-processing are set to None, and saved so: pipelines then take the semantic one
+    unasked, where they would look for single objects, which the segmenter was not trained to find.
+    """
     return Mask2FormerImageProcessorPil(
         size={"height": image_size, "width": image_size},
         size_divisor=0,
@@ -151,6 +162,8 @@ def mask2former_processor(config: GKDStudentConfig, image_size: int) -> Mask2For
         image_std=config.image_std,
         do_reduce_labels=False,
         ignore_index=config.semantic_loss_ignore_index,
+        post_process_panoptic_segmentation=None,
+        post_process_instance_segmentation=None,
     )
 
 
@@ -163,28 +176,29 @@ def _own_copy(model: Any) -> Any:
     return own.eval()
 
 
-class _workshop:
-    """A temporary folder beside the given one; what was put there is moved into place unless an error is raised."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-
-    def __enter__(self) -> Path:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = tempfile.TemporaryDirectory(prefix=f".{self.folder.name}.", dir=self.folder.parent)
-        return Path(self.temporary.name)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self.temporary:
-            if kind is None:
-                self.folder.mkdir(exist_ok=True)
-                code = {path.name for path in model_files()}
-                for old in self.folder.iterdir():
-                    # An earlier export may have had other shards, or code that this one does not need.
-                    if old.suffix == ".safetensors" or old.name in code or old.name.endswith(".index.json"):
-                        old.unlink()
-                for new in Path(self.temporary.name).iterdir():
-                    os.replace(new, self.folder / new.name)
+@contextmanager
+def _workshop(folder: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder that becomes the given one, which has to be new or empty, unless an error is raised."""
+    target = Path(folder).absolute()
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(
+                f"cannot export to '{folder}': there is something already, and what is not of this export must not "
+                "lie beside it; name a new folder, or empty that one"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as outer:
+            place = Path(outer) / "export"  # made with the usual rights, which the temporary folder does not have
+            place.mkdir()
+            yield place
+            if not target.exists():
+                place.rename(target)
+                return
+            # An empty folder is filled, not replaced: it may be the one that the process works in.
+            for file in sorted(place.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(target / file.name)
+    except OSError as error:
+        raise InputError(f"cannot export to '{folder}': {error.strerror or error}") from error
 
 
 def _class_scores(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -214,7 +228,8 @@ def _compare(
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         expected, got = ours(pixels), theirs(pixels)
         difference = (expected - got).abs().max().item()
-        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        # Of the values themselves also where they are small: an untrained head's are below any absolute tolerance.
+        allowed = TOLERANCE * expected.abs().max().item()
         if not difference <= allowed:
             raise InputError(
                 f"the exported {name} does not give the student's {what} on an image of {height}×{width}: they differ "

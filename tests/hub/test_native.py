@@ -13,11 +13,11 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel, pipeline
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
-from gkd_hf.hub import conversion
+from gkd_hf.hub import conversion, native
 from gkd_hf.hub.native import Exported, class_logits, export_encoder, export_segmenter, load_segmenter
 from gkd_hf.models.transformer_encoders import ViTAdapter
 from tests.tiny import DPT, ENCODERS, MASK2FORMER, UPERNET
@@ -159,6 +159,40 @@ def test_a_wrong_conversion_is_refused(kind: str, head: str, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind, head", [("resnet", "upernet"), ("convnext", "mask2former"), ("vit", "dpt")])
+def test_a_lost_encoder_is_seen_through_an_untrained_head(kind: str, head: str, tmp_path: Path, monkeypatch) -> None:
+    right = conversion.HEADS[head]
+
+    def wrong(*arguments: object) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        model, state = right(*arguments)
+        encoder = ("backbone.", "model.pixel_level_module.encoder.", "dpt.")
+        return model, {key: value * 0 if key.startswith(encoder) else value for key, value in state.items()}
+
+    torch.manual_seed(0)
+    segmenter = GKDStudentForSemanticSegmentation.from_student(
+        GKDStudentModel.from_encoder(KINDS[kind]), num_labels=len(CLASSES), decode_head=HEADS[head]
+    )
+    assert export_segmenter(segmenter, tmp_path / "right", image_size=SIZE).native
+    monkeypatch.setitem(conversion.HEADS, head, wrong)
+    with pytest.raises(InputError, match="does not give the student's class logits"):
+        export_segmenter(segmenter, tmp_path / "wrong", image_size=SIZE)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 30.0])
+def test_what_may_differ_is_1e5_of_the_largest_value(scale: float) -> None:
+    def ours(pixels: torch.Tensor) -> torch.Tensor:
+        return scale * pixels / pixels.abs().max()
+
+    def off_by(part: float) -> float:
+        return native._compare(ours, lambda pixels: ours(pixels) + part * scale, [(8, 8)], "class logits", "Model")
+
+    assert off_by(0.8e-5) == pytest.approx(0.8e-5 * scale, rel=0.2)
+    for part in (1.3e-5, float("nan")):
+        with pytest.raises(InputError, match="they differ by"):
+            off_by(part)
+
+
 def test_a_class_with_other_weights_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(conversion, "_VIT_TO_DINOV2", conversion._VIT_TO_DINOV2[:-1])
     with pytest.raises(InputError, match="UperNetForSemanticSegmentation does not have the weights expected"):
@@ -207,15 +241,35 @@ def test_with_this_library_its_own_code_is_used(tmp_path: Path) -> None:
     assert type(load_segmenter(tmp_path / "segmenter", trust_remote_code=True)) is GKDStudentForSemanticSegmentation
 
 
-def test_an_export_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
-    folder = tmp_path / "segmenter"
-    export_segmenter(make_segmenter("resnet", "linear"), folder, image_size=SIZE)
-    (folder / "README.md").write_text("kept")
-    (folder / "handler.py").write_text("kept")
-    export_segmenter(make_segmenter("resnet", "upernet"), folder, image_size=SIZE)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "handler.py"}
-    assert list(tmp_path.iterdir()) == [folder]
+@pytest.mark.parametrize("there", ["my_lora.safetensors", "loading.py", "README.md", "config.json"])
+def test_nothing_of_the_users_is_touched(there: str, tmp_path: Path) -> None:
+    segmenter, folder = make_segmenter("resnet", "linear"), tmp_path / "folder"
+    folder.mkdir()
+    (folder / there).write_text("mine")
+    for export, model in ((export_segmenter, segmenter), (export_encoder, segmenter.student)):
+        with pytest.raises(InputError, match=r"cannot export to .*folder': there is something already"):
+            export(model, folder, image_size=SIZE)
+    assert [path.read_text() for path in folder.iterdir()] == ["mine"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    student = make_segmenter("resnet", "linear").student
+    for folder in (tmp_path / "file", tmp_path / "file" / "encoder"):
+        with pytest.raises(InputError, match="cannot export to .*file"):
+            export_encoder(student, folder, image_size=SIZE)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_encoder(make_segmenter("resnet", "linear").student, ".", image_size=SIZE)
+    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {path.name for path in Path().iterdir()} == names and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "usual").mkdir()
+    export_encoder(make_segmenter("resnet", "linear").student, tmp_path / "new", image_size=SIZE)
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_mask2formers_scores_are_summed_over_its_queries() -> None:
@@ -224,6 +278,27 @@ def test_mask2formers_scores_are_summed_over_its_queries() -> None:
     expected = sum(classes[0, query].softmax(0)[:5, None, None] * masks[0, query].sigmoid() for query in range(3))
     torch.testing.assert_close(class_logits(outputs, (4, 4))[0], expected)
     assert class_logits(outputs, (8, 12)).shape == (1, 5, 8, 12)
+
+
+def test_mask2formers_pipeline_is_semantic_unasked(tmp_path: Path) -> None:
+    """Of an untrained one as well, none of whose queries is sure enough of anything to be an object."""
+    torch.manual_seed(0)
+    segmenter = GKDStudentForSemanticSegmentation.from_student(
+        GKDStudentModel.from_encoder(KINDS["resnet"]), num_labels=len(CLASSES), decode_head=MASK2FORMER
+    )
+    exported = export_segmenter(segmenter, tmp_path / "segmenter", image_size=SIZE)
+    assert exported.auto_class == "AutoModelForUniversalSegmentation" and not exported.limits
+    segment = pipeline("image-segmentation", model=str(tmp_path / "segmenter"))
+    image = Image.new("RGB", (90, 60), (200, 30, 90))
+    found = segment(image)
+    assert found and found == segment(image, subtask="semantic")
+    for subtask in ("panoptic", "instance"):
+        with pytest.raises(ValueError, match=f"Subtask {subtask} is not supported"):
+            segment(image, subtask=subtask)
+    again = AutoImageProcessor.from_pretrained(tmp_path / "segmenter")
+    again.save_pretrained(tmp_path / "again")  # what fine-tuning would do
+    again = AutoImageProcessor.from_pretrained(tmp_path / "again")
+    assert again.post_process_panoptic_segmentation is None and again.post_process_semantic_segmentation
 
 
 @pytest.mark.parametrize(
@@ -306,7 +381,7 @@ with torch.no_grad():
         report[name] = [type(model).__name__, (got - recorded[name]).abs().max().item()]
     report["pipelines"] = {
         "upernet": segments("upernet"),
-        "mask2former": segments("mask2former", subtask="semantic"),
+        "mask2former": segments("mask2former"),
         "dpt": segments("dpt"),
         "code": segments("code", trust_remote_code=True),
     }
