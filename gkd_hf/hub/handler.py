@@ -42,7 +42,8 @@ class EndpointHandler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = auto_class.from_pretrained(path, trust_remote_code=True, use_safetensors=True)
         self.model = self.model.float().to(self.device).eval()
-        self.processor = AutoImageProcessor.from_pretrained(path)
+        # An export's preprocessor never comes with code; unless told so, transformers may ask on the terminal.
+        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Segment one image.
@@ -58,8 +59,10 @@ class EndpointHandler:
             (upright, if its EXIF data says that it was taken otherwise).
 
         Raises:
-            ValueError: no image in ``inputs``, one of more than 40 million pixels, or a parameter that is not known.
+            ValueError: no image in ``inputs``, one of more than 40 million pixels, or parameters that are not known.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"the request is a {type(data).__name__}: an object with 'inputs' is needed")
         threshold = _threshold(data.get("parameters"))
         if data.get("inputs") is None:
             raise ValueError("no 'inputs': send an image, for example {'inputs': '<base64 of a JPEG or PNG file>'}")
@@ -139,6 +142,8 @@ def best_classes(scores: torch.Tensor, are_logits: bool, size: tuple[int, int]) 
 
 
 def _threshold(parameters: dict[str, Any] | None) -> float:
+    if not isinstance(parameters, dict | None):
+        raise ValueError(f"'parameters' is {parameters!r:.50}: an object is needed, for example {{'threshold': 0.5}}")
     parameters = {key: value for key, value in (parameters or {}).items() if value is not None}
     unknown = sorted(set(parameters) - set(PARAMETERS))
     if unknown:

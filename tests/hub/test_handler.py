@@ -183,13 +183,16 @@ def png_bomb(side: int) -> bytes:
         ({"inputs": png_bomb(8_000)}, "too large: 8000×8000"),
         ({"inputs": png_bomb(100_000)}, "too large"),
         ({"inputs": png_bomb(50)}, "cannot be decoded"),
+        ("picture.png", "the request is a str: an object with 'inputs' is needed"),
+        ({"inputs": Image.new("RGB", (8, 8)), "parameters": "x"}, "'parameters' is 'x': an object is needed"),
+        ({"inputs": Image.new("RGB", (8, 8)), "parameters": [0.5]}, "an object is needed"),
         ({"inputs": Image.new("RGB", (8, 8)), "parameters": {"treshold": 1}}, "unknown parameter treshold"),
         ({"inputs": Image.new("RGB", (8, 8)), "parameters": {"threshold": 2}}, "a number from 0 to 1"),
         ({"inputs": Image.new("RGB", (8, 8)), "parameters": {"threshold": "0.5"}}, "a number from 0 to 1"),
         ({"inputs": Image.new("RGB", (8, 8)), "parameters": {"subtask": "panoptic"}}, "semantic segmentation only"),
     ],
 )
-def test_bad_requests(handler: shipped.EndpointHandler, data: dict, message: str) -> None:
+def test_bad_requests(handler: shipped.EndpointHandler, data: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         handler(data)
 
