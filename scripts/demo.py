@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
     trust = arguments.trust_remote_code
     try:
+        if not 0 < arguments.port < 2**16:
+            raise InputError(f"there is no port {arguments.port}: --port takes 1 to 65535")
         with tempfile.TemporaryDirectory() as folder:
             examples = pictures(arguments.examples) if arguments.examples else toy_examples(folder)
             if arguments.push_space:

@@ -48,7 +48,7 @@ def load_segmenter(
     source = os.fspath(source)
     with quiet():
         try:
-            folder = _folder_of(source, revision, CONFIGURATION)
+            folder = folder_of(source, revision, CONFIGURATION)
             fields, _ = PreTrainedConfig.get_config_dict(folder)
             kind, settings = _class_for(source, folder, fields, trust_remote_code)
             if not os.path.isdir(source):
@@ -68,7 +68,8 @@ def load_segmenter(
     return model.eval()
 
 
-def _folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def folder_of(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """``source`` itself if it is a folder, else the cache's with these files of a Hub id; raises `InputError`."""
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:

@@ -7,17 +7,18 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard, SpaceCardData
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 
 from gkd_hf.data import toy_city
 from gkd_hf.errors import InputError
-from gkd_hf.hub.native import load_segmenter
+from gkd_hf.hub.segmenters import folder_of, load_segmenter
 from gkd_hf.hub.upload import check_repo_id, patiently, usable_token
-from gkd_hf.models.pull import CONFIGURATION, pull
+from gkd_hf.models.pull import CONFIGURATION
 
 if TYPE_CHECKING:
     from gkd_hf.hub.space_app import Segmenter
@@ -41,7 +42,8 @@ def load_segmenters(
     """Load folders and Hub ids for the demo's page, each with a short name of its own.
 
     Raises:
-        InputError: gradio is missing, the same source twice, or no segmenter with a preprocessor there.
+        InputError: gradio is missing, the same source twice, no segmenter with a preprocessor there, or the code of
+            either would have to be run without ``trust_remote_code``.
     """
     gradio_version()
     from gkd_hf.hub.space_app import Segmenter
@@ -51,16 +53,36 @@ def load_segmenters(
     names = [_short_name(source) for source in sources]
     loaded = []
     for source, name in zip(sources, names, strict=True):
-        model = load_segmenter(source, revision=revision, trust_remote_code=trust_remote_code)
-        folder = source if os.path.isdir(source) else pull(source, CONFIGURATION, revision=revision)
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        model, processor, _ = _load(source, revision, trust_remote_code)
+        loaded.append(Segmenter(name if names.count(name) == 1 else source, model, processor))
+    return loaded
+
+
+def _load(source: str, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedModel, Any, Path]:
+    """Model and processor of one commit, and the folder, of the cache for a Hub id, of the configuration."""
+    folder = folder_of(source, revision, (*CONFIGURATION, *(("*.py",) if trust_remote_code else ())))
+    commit = None if os.path.isdir(source) else folder.name
+    model = load_segmenter(source, revision=commit, trust_remote_code=trust_remote_code)
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+        if "auto_map" in settings and not trust_remote_code:
+            raise InputError(
+                f"the preprocessor of '{source}' comes with code of its own, which would run on this machine: read "
+                "it, then allow it with trust_remote_code (on the command line --trust-remote-code)"
+            )
+        # Never None, with which transformers would ask on the terminal.
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        if not (folder / "preprocessor_config.json").is_file():
             raise InputError(
                 f"'{source}' has no preprocessor_config.json, so nobody knows how it wants its pictures"
             ) from error
-        loaded.append(Segmenter(name if names.count(name) == 1 else source, model, processor))
-    return loaded
+        raise InputError(
+            f"cannot read the preprocessor of '{source}': {str(error).strip().splitlines()[0]}"
+        ) from error
+    return model, processor, folder
 
 
 def toy_examples(folder: str | os.PathLike) -> list[Path]:
@@ -84,6 +106,8 @@ def push_space(
 ) -> str:
     """Create or update a Gradio Space with the demo's page for ``models``, as one commit.
 
+    The Space keeps to the commits that the models are at now, so that no code or weights come into it unseen.
+
     Args:
         repo_id: ``org/name`` of the Space. models: Hub ids.
         trust_remote_code: let the Space run code that comes with the models.
@@ -97,11 +121,13 @@ def push_space(
         InputError: bad ids, a model that is a folder, is not there or would need its code, or the push failed.
     """
     check_repo_id(repo_id)
+    pinned = []
     for model in models:
         if os.path.isdir(model):
             raise InputError(f"a Space can only load models from the Hub, '{model}' is a folder: push it first")
         check_repo_id(model)
-        loaded = load_segmenter(model, trust_remote_code=trust_remote_code)
+        loaded, _, folder = _load(model, None, trust_remote_code)
+        pinned.append({"id": model, "revision": folder.name})
         if getattr(loaded.config, "auto_map", None) and not trust_remote_code:
             raise InputError(f"'{model}' comes with code of its own: allow the Space to run it, --trust-remote-code")
     card = SpaceCardData(
@@ -118,7 +144,7 @@ def push_space(
     text = (
         f"---\n{card.to_yaml()}\n---\n\nSegments a picture with {' and '.join(models)} and shows where they differ.\n"
     )
-    settings = {"models": list(models), "trust_remote_code": trust_remote_code}
+    settings = {"models": pinned, "trust_remote_code": trust_remote_code}
     files = {
         "app.py": APP.read_bytes(),
         "requirements.txt": "".join(f"{line}\n" for line in REQUIREMENTS).encode(),

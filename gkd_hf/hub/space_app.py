@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -71,13 +71,15 @@ class Segmenter:
         self.labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
 
     @classmethod
-    def load(cls, source: str, *, trust_remote_code: bool = False) -> Segmenter:
+    def load(cls, source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Segmenter:
         """Load a Hub id or a folder; ``trust_remote_code`` runs the code that it comes with."""
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        # Always said, for unless it is transformers may ask on the terminal.
+        settings = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(source, **settings)
         universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
         auto_class = AutoModelForUniversalSegmentation if universal else AutoModelForSemanticSegmentation
-        model = auto_class.from_pretrained(source, trust_remote_code=trust_remote_code, use_safetensors=True)
-        return cls(source, model, AutoImageProcessor.from_pretrained(source))
+        model = auto_class.from_pretrained(source, use_safetensors=True, **settings)
+        return cls(source, model, AutoImageProcessor.from_pretrained(source, **settings))
 
     @torch.inference_mode()
     def predict(self, image: Image.Image) -> np.ndarray:
@@ -245,10 +247,10 @@ def _percent(share: float) -> str:
 
 CSS = """
 .gradio-container {width: 100%; max-width: 1480px !important; margin: 0 auto}
-.examples .gallery:not(.container) {display: grid !important; grid-template-columns: repeat(4, 1fr); gap: 8px}
-.examples .gallery-item, .examples .gallery-item span {display: block; width: 100%}
-.examples .gallery-item .container {width: 100%; max-width: none; height: auto; aspect-ratio: 1}
-.examples .gallery-item img {display: block; width: 100%; max-width: none; height: 100%; object-fit: cover}
+.examples .grid-wrap {max-height: none !important; padding: 0 !important; overflow: visible !important}
+.examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; padding: 0 !important}
+.examples .grid-container button {min-width: 0}
+.examples img {background: var(--background-fill-secondary)}
 .areas {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; border: none !important}
 .areas tr, .areas td, .areas th {border: none !important; padding: 3px 6px 3px 0 !important; text-align: left}
 .areas tr:nth-child(even) {background: none !important}
@@ -288,6 +290,9 @@ def build(segmenters: Sequence[Segmenter], examples: Sequence[str | Path] = ()) 
             results += disagreement(image, *ids, *(predictions.segmenters[name].labels for name in chosen))
         return results
 
+    def example(chosen: gr.SelectData) -> Image.Image:
+        return _opened(examples[chosen.index])
+
     with gr.Blocks(title="Segmenters side by side", analytics_enabled=False) as page:
         gr.Markdown(
             "# Segmenters side by side\nOne picture, two models: what each of them sees, and where they disagree."
@@ -300,8 +305,13 @@ def build(segmenters: Sequence[Segmenter], examples: Sequence[str | Path] = ()) 
                 image = gr.Image(first, type="pil", show_label=False, sources=["upload", "clipboard"], height=300)
                 opacity = gr.Slider(0, 100, value=55, step=5, label="Colour opacity (%)")
                 if examples:
-                    with gr.Column(elem_classes="examples"):
-                        gr.Examples([[str(path)] for path in examples], [image], label="Or one of these")
+                    gr.Markdown("Or one of these")
+                    thumbnails = gr.Gallery(
+                        [_thumbnail(path) for path in examples], columns=4, height="auto", object_fit="contain",
+                        allow_preview=False, interactive=False, show_label=False, container=False, buttons=[],
+                        elem_classes="examples",
+                    )  # fmt: skip
+                    thumbnails.select(example, None, image, api_visibility="private")
             outputs: list[Any] = []
             chosen: list[gr.Dropdown] = []
             for side, name in zip(("Left", "Right"), names, strict=False):
@@ -319,6 +329,17 @@ def build(segmenters: Sequence[Segmenter], examples: Sequence[str | Path] = ()) 
         triggers = [page.load, image.change, opacity.release, *(dropdown.input for dropdown in chosen)]
         gr.on(triggers, segment, [image, opacity, *chosen], outputs, api_name="segment")
     return page
+
+
+def _opened(path: str | Path) -> Image.Image:
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
+
+def _thumbnail(path: str | Path) -> Image.Image:
+    """The whole picture, small, which is all that the page loads of it before somebody clicks on it."""
+    image = _opened(path)
+    image.thumbnail((320, 320))
+    return image
 
 
 def _shown(height: int | None = None) -> gr.Image:
@@ -348,7 +369,10 @@ def main() -> None:
     folder = Path(__file__).resolve().parent
     settings = json.loads((folder / "models.json").read_text(encoding="utf-8"))
     trust = settings["trust_remote_code"]
-    segmenters = [Segmenter.load(name, trust_remote_code=trust) for name in settings["models"]]
+    segmenters = [
+        Segmenter.load(model["id"], revision=model["revision"], trust_remote_code=trust)
+        for model in settings["models"]
+    ]
     launch(build(segmenters, sorted((folder / "examples").glob("*"))))
 
 

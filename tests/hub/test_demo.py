@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from PIL import Image
 from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.data.domains import LABEL_SPACES
 from gkd_hf.hub import space_app
+from gkd_hf.hub.handler import EndpointHandler
 from gkd_hf.hub.native import export_segmenter
 from gkd_hf.hub.space import load_segmenters
 from tests.tiny import ENCODERS
@@ -214,6 +218,82 @@ def test_examples_without_pictures(demo: ModuleType, folders: tuple[Path, Path],
     assert "there are no pictures" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["0", "-1", "99999"])
+def test_port_that_there_is_not(demo: ModuleType, folders: tuple[Path, Path], port: str, capsys) -> None:
+    assert demo.main([str(folders[0]), "--port", port]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"there is no port {port}: --port takes 1 to 65535" in line
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    """A native segmenter whose preprocessor comes with code."""
+    folder = tmp_path / "evil"
+    student = GKDStudentModel.from_encoder(ENCODERS["resnet"])
+    head = {"type": "upernet", "hidden_size": 16}
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3, decode_head=head)
+    assert export_segmenter(model, folder, image_size=32).native
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(
+        "from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class Evil(SegformerImageProcessorPil): pass\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("answer", ["", "y\n"], ids=["closed", "yes"])
+def test_a_preprocessors_code_is_not_run_unasked(
+    evil: Path, answer: str, demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Nor is anybody asked on the terminal."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    assert demo.main([str(evil)]) == 2
+    said = capsys.readouterr()
+    assert f"the preprocessor of '{evil}' comes with code of its own" in said.err and "--trust-remote-code" in said.err
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        space_app.Segmenter.load(str(evil))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        EndpointHandler(str(evil))
+    assert "[y/N]" not in said.out + capsys.readouterr().out
+    assert sys.stdin.read() == answer and not (evil.parent / "ran").exists()
+
+
+def test_a_preprocessors_code_can_be_trusted(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loaded,) = load_segmenters([str(evil)], trust_remote_code=True)
+    assert type(loaded.processor).__name__ == "Evil" and (evil.parent / "ran").exists()
+
+
+def test_broken_preprocessor(demo: ModuleType, folders: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folders[0] / name).read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    assert demo.main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot read the preprocessor of '{tmp_path}'" in line
+
+
+def test_examples_are_shown_whole_and_chosen_at_their_own_size(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    Image.new("RGB", (900, 300), (10, 200, 30)).save(tmp_path / "wide.png")
+    Image.new("RGB", (40, 60), (10, 200, 30)).save(tmp_path / "lying.jpg", exif=turned())
+    examples = [tmp_path / "wide.png", tmp_path / "lying.jpg"]
+    page = space_app.build(load_segmenters([str(folders[0])]), examples)
+    (gallery,) = (block for block in page.blocks.values() if isinstance(block, gr.Gallery))
+    sizes = [Image.open(item["image"]["path"]).size for item in gallery.value]
+    assert sizes == [(320, 107), (60, 40)] and gallery.object_fit == "contain"
+    (choose,) = (event.fn for event in page.fns.values() if "select" in [name for _, name in event.targets])
+    for index, size in enumerate([(900, 300), (60, 40)]):
+        assert choose(gr.SelectData(None, {"index": index, "value": None})).size == size
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera held sideways
+    return exif
+
+
 def test_port_that_is_taken(demo: ModuleType, folders: tuple[Path, Path], picture: Path, capsys) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -252,11 +332,15 @@ def test_space_holds_all_it_needs(
     assert repo.private and len(repo.commits) <= 2  # the Hub's own first one and this one
     files = repo.files()
     assert files["app.py"] == Path(space_app.__file__).read_bytes()
-    assert json.loads(files["models.json"]) == {"models": ["org/one"], "trust_remote_code": True}
+    commit = hub.repos["model", "org/one"].commits[-1].oid
+    pinned = [{"id": "org/one", "revision": commit}]
+    assert json.loads(files["models.json"]) == {"models": pinned, "trust_remote_code": True}
     assert files["examples/street.png"] == picture.read_bytes()
     card = files["README.md"].decode()
     assert "sdk: gradio" in card and "app_file: app.py" in card and "- org/one" in card
 
+    # What the model becomes later does not come into the Space by itself.
+    hub.add_model("org/one", {"config.json": b"{", "modeling_gkd.py": b"raise SystemExit('run unseen')"})
     # The files by themselves are an app: it loads the model from the Hub and is ready to serve.
     space = tmp_path / "space"
     for name, content in files.items():
