@@ -88,13 +88,26 @@ class StageFolder:
 
 
 def replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let ``save`` fill a folder under a temporary name, and put it where ``folder`` is."""
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Let ``save`` fill a folder under a temporary name, and put it where ``folder`` is.
+
+    The old folder is whole until the new one is; one that an interruption left aside is put back first.
+    """
+    temporary, aside = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    if aside.is_dir() and not folder.exists():
+        os.replace(aside, folder)
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    if folder.exists():
+        os.replace(folder, aside)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
