@@ -19,11 +19,14 @@ import yaml
 from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import GKDModelCard, RepoNames
 from gkd_hf.hub.run_facts import RunFacts
-from gkd_hf.hub.upload import check_push_rights, check_repo_id, upload
+from gkd_hf.hub.upload import check_push_rights, check_repo_id, tell, upload
 
-__all__ = ["check_push_rights", "push_folder", "push_run", "write_cards"]
+__all__ = ["check_finished", "check_push_rights", "push_folder", "push_run", "repo_ids", "write_cards"]
 
 ARTEFACTS = ("encoder", "segmenter")
+# What a card reads of report.json.
+REPORT_KEYS = ("source", "source_result", "targets", "baselines", "settings")
+PUT_BACK = "put back what the run wrote, or begin the run again with its own recipe"
 
 
 def push_folder(
@@ -79,18 +82,20 @@ def push_run(
     if (run_dir / "config.json").is_file():
         if repo_id is None:
             raise InputError(f"say where '{run_dir}' goes: --repo-id org/name")
+        check_own_card(run_dir, repo_id, private is not False)
         return [push_folder(run_dir, repo_id, private=private is not False, token=token)]
     settings = run_settings(run_dir)
     hub = settings.get("hub") or {}
     repo_id = repo_id or hub.get("repo_id")
     if repo_id is None:
         raise InputError(f"say where the run in '{run_dir}' goes: --repo-id org/name (its recipe has no hub.repo_id)")
-    check_repo_id(repo_id)
+    names = RepoNames.of(settings, repo_id)
+    for name in repo_ids(settings, repo_id):
+        check_repo_id(name)
     if private is None:
         private = hub.get("private", True)
     check_finished(run_dir, settings)
     write_cards(run_dir, repo_id)
-    names = RepoNames.of(settings, repo_id)
     urls: list[str] = []
     for artefact, name in (("encoder", names.encoder), ("segmenter", names.segmenter)):
         if not name:
@@ -115,7 +120,47 @@ def run_settings(run_dir: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path} is no recipe")
+    hub, stages = settings.get("hub") or {}, settings.get("stages") or {}
+    if not isinstance(hub, dict):
+        raise InputError(f"{path}: hub is {hub!r}: give repo_id, private and license below it, or leave it out")
+    for key, kind in (("repo_id", str), ("private", bool), ("license", str)):
+        if not isinstance(hub.get(key), kind | None):
+            what = "true or false" if kind is bool else "a text"
+            raise InputError(f"{path}: hub.{key} is {hub[key]!r}: {what} is needed, or leave it out")
+    if "private" in hub and hub["private"] is None:
+        raise InputError(f"{path}: hub.private is empty: give true or false, or leave it out")
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict | None) for stage in stages.values()):
+        raise InputError(f"{path}: stages is no mapping of stages: {PUT_BACK}")
+    task = stages.get("task")
+    if task and not isinstance(task.get("data"), str):
+        raise InputError(f"{path}: stages.task.data is missing: {PUT_BACK}")
     return settings
+
+
+def repo_ids(settings: Mapping[str, Any], repo_id: str) -> list[str]:
+    """The repos that a run with these settings is pushed to: the encoder's, then the segmenter's if there is one."""
+    names = RepoNames.of(settings, repo_id)
+    return [name for name in (names.encoder, names.segmenter) if name]
+
+
+def check_own_card(folder: Path, repo_id: str, private: bool) -> None:
+    """Say what is wrong with pushing an exported folder by itself, which takes its card along as it is.
+
+    Raises:
+        InputError: it belongs to a run, whose cards name both repos and are written for them by a push of the run.
+    """
+    run_dir = folder.resolve().parent
+    if folder.resolve().name in ARTEFACTS and (run_dir / "recipe.yaml").is_file():
+        command = shlex.join(
+            ["python", "scripts/push.py", str(run_dir), "--repo-id", "org/name", _visibility(private)]
+        )
+        raise InputError(
+            f"'{folder}' belongs to the run in '{run_dir}', and its card names the repos of both its encoder and its "
+            f"segmenter: push the run, {command}"
+        )
+    readme = folder / "README.md"
+    if readme.is_file() and repo_id not in readme.read_text(encoding="utf-8", errors="replace"):
+        tell(f"{readme} does not name {repo_id} and is pushed as it is: see whether it was written for another repo")
 
 
 def check_finished(run_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -127,9 +172,9 @@ def check_finished(run_dir: Path, settings: Mapping[str, Any]) -> None:
         expected += ["segmenter/config.json", "report.json", "segmenter/report.json"]
     missing = [name for name in expected if not (run_dir / name).is_file()]
     if missing:
+        command = shlex.join(["python", "scripts/run_gkd.py", str(run_dir / "recipe.yaml")])
         raise InputError(
-            f"the run in '{run_dir}' is not finished, {missing[0]} is missing: go on with it first, "
-            f"python scripts/run_gkd.py {run_dir / 'recipe.yaml'}"
+            f"the run in '{run_dir}' is not finished, {missing[0]} is missing: go on with it first, {command}"
         )
 
 
@@ -145,9 +190,8 @@ def write_cards(run_dir: str | os.PathLike, repo_id: str | None = None) -> None:
     facts = RunFacts.load(run_dir)
     # Where and under which licence it is published may be decided after the training.
     facts.settings["hub"] = run_settings(run_dir).get("hub")
-    report_path = run_dir / "report.json"
     has_task = bool((facts.settings.get("stages") or {}).get("task"))
-    report = json.loads(report_path.read_text(encoding="utf-8")) if has_task else None
+    report = run_report(run_dir) if has_task else None
     names = RepoNames.of(facts.settings, repo_id)
     for artefact in ARTEFACTS if has_task else ARTEFACTS[:1]:
         folder = run_dir / artefact
@@ -160,10 +204,30 @@ def write_cards(run_dir: str | os.PathLike, repo_id: str | None = None) -> None:
     facts.save(run_dir)
 
 
+def run_report(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's report.json; raises `InputError` if it is missing or broken."""
+    path = run_dir / "report.json"
+    command = shlex.join(["python", "scripts/run_gkd.py", str(run_dir / "recipe.yaml")])
+    remedy = f"remove it and measure again, {command}"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {remedy}") from error
+    missing = [key for key in REPORT_KEYS if not isinstance(report, dict) or key not in report]
+    if missing:
+        raise InputError(f"{path} is no report of a run, it has no {missing[0]}: {remedy}")
+    return report
+
+
 def _again(folder: str | os.PathLike, repo_id: str, private: bool) -> str:
     """How to go on after a push that failed."""
-    command = ["python", "scripts/push.py", str(folder), "--repo-id", repo_id, *([] if private else ["--public"])]
+    command = ["python", "scripts/push.py", str(folder), "--repo-id", repo_id, _visibility(private)]
     return f"Nothing is lost; to push again: {shlex.join(command)}"
+
+
+def _visibility(private: bool) -> str:
+    # Always told: what is left out is the recipe's, which may say otherwise than the command that failed.
+    return "--private" if private else "--public"
 
 
 def _digest(path: Path) -> str:

@@ -9,17 +9,36 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+    hf_hub_url,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
 from gkd_hf.errors import InputError
+from gkd_hf.hub.pushed import PushedRecord, content_names, hub_name
 from gkd_hf.hub.remote_code import model_files
 
 ATTEMPTS = 6
@@ -48,8 +67,10 @@ T = TypeVar("T")
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, summary: str) -> str:
     """Upload an exported encoder or segmenter as one commit; nothing is committed if nothing changed.
 
-    Files of such a folder that the repo has and the folder no longer has are deleted in the same commit; files that
-    are not ours stay. What is not a file of an export (pickles, optimiser state, hidden files) is left out and named.
+    What others did in the repo stays. A file that the folder no longer has is deleted in the same commit only if it
+    is on the Hub as it was pushed from here, which ``pushed.json`` beside the folder remembers; a README.md that was
+    changed there is left as it is. Whatever of ours is deleted, left or replaced is named on stderr, as is what the
+    folder holds and no export writes (pickles, optimiser state, …), which is not uploaded.
 
     Returns:
         URL of the repo.
@@ -65,50 +86,158 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, summ
         tell(f"not uploaded from {folder}, since no part of an export: {', '.join(left_out)}")
     api = HfApi(token=token, library_name="gkd_hf")
     url = patiently(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    told = []
+    content = {name: content_names(folder / name) for name in files}
+    record = PushedRecord(folder, repo_id)
 
-    def commit() -> bool:
-        info = api.model_info(repo_id)
-        if bool(info.private) != private and not told:
-            is_, asked = ("private", "public") if info.private else ("public", "private")
-            told.append(tell(f"{repo_id} exists and stays {is_}; make it {asked} on {url}/settings"))
-        there = [file.rfilename for file in info.siblings or []]
+    def commit() -> tuple[bool, ModelInfo, Changes]:
+        info = api.model_info(repo_id, files_metadata=True)
+        there = {file.rfilename: file for file in info.siblings or []}
+        readme = there.get("README.md")
+        empty = set(there) <= {".gitattributes", "README.md"} and _only_metadata(api, repo_id, readme, info.sha)
+        changes = Changes.between(content, there, record, replace_readme=empty)
         # New ones for every attempt: the client keeps in them what it has sent.
-        operations = [CommitOperationAdd(name, str(folder / name)) for name in files]
-        operations += [CommitOperationDelete(name) for name in there if is_ours(name) and name not in files]
+        operations = [CommitOperationAdd(name, str(folder / name)) for name in files if name not in changes.left]
+        operations += [CommitOperationDelete(name) for name in changes.deleted]
         done = api.create_commit(repo_id, operations, commit_message=summary, parent_commit=info.sha)
-        return done.oid != info.sha
+        return done.oid != info.sha, info, changes
 
-    changed = patiently(repo_id, commit)
+    changed, before, changes = patiently(repo_id, commit)
+    if bool(before.private) != private:
+        is_, asked = ("private", "public") if before.private else ("public", "private")
+        tell(f"{repo_id} exists and stays {is_}; make it {asked} on {url}/settings")
+    changes.tell(repo_id, url, folder)
+    try:
+        now = {name: names for name, names in content.items() if name not in changes.left}
+        # A card that was left may come back to what we wrote.
+        record.save(now | {name: record.files[name] for name in changes.left if name in record.files})
+    except OSError as error:
+        tell(f"{record.path} cannot be written ({error.strerror}): the next push will take {repo_id} for another's")
     tell(f"{url}: {'uploaded' if changed else 'unchanged'}")
     return str(url)
 
 
-def check_push_rights(repo_id: str, token: str | None = None) -> None:
+@dataclass(frozen=True)
+class Changes:
+    """What a push does to files that are on the Hub already, by their paths within the repo.
+
+    Attributes:
+        deleted: pushed from here once, no longer exported.
+        left: not touched, since they are not as we pushed them.
+        replaced: written over, though they are not as we pushed them.
+    """
+
+    deleted: list[str]
+    left: list[str]
+    replaced: list[str]
+
+    @classmethod
+    def between(
+        cls,
+        content: Mapping[str, tuple[str, str]],
+        there: Mapping[str, RepoSibling],
+        record: PushedRecord,
+        replace_readme: bool,
+    ) -> Changes:
+        """Compare what is pushed, as path → `content_names`, with what is there and what we know of it."""
+        gone = [name for name in there if is_ours(name) and name not in content]
+        foreign = [
+            name
+            for name, names in content.items()
+            if name in there and hub_name(there[name]) not in names and not record.knows(there[name])
+        ]
+        kept = [name for name in foreign if name == "README.md" and not replace_readme]
+        return cls(
+            deleted=[name for name in gone if record.knows(there[name])],
+            left=kept + [name for name in gone if not record.knows(there[name])],
+            replaced=[name for name in foreign if name not in kept],
+        )
+
+    def tell(self, repo_id: str, url: str, folder: Path) -> None:
+        """Name the files on stderr."""
+        if self.deleted:
+            tell(f"deleted from {repo_id}, since no longer exported: {', '.join(self.deleted)}")
+        if self.replaced:
+            tell(f"replaced in {repo_id}, whose history keeps what was there: {', '.join(self.replaced)}")
+        others = [name for name in self.left if name != "README.md"]
+        if others:
+            tell(f"left in {repo_id}, since not as pushed from here: {', '.join(others)}")
+        if "README.md" in self.left:
+            tell(
+                f"left in {repo_id}: README.md, which is not as pushed from here and may not tell of these weights; "
+                f"to publish {folder / 'README.md'}, delete it on {url}/tree/main and push again"
+            )
+
+
+def _only_metadata(api: HfApi, repo_id: str, readme: RepoSibling | None, revision: str) -> bool:
+    """Whether a card is nothing but what the Hub's page writes into a repo made there: no text, or none at all."""
+    if readme is None:
+        return True
+    # The client's own download would turn passing trouble into a file that cannot be found.
+    address = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=api.endpoint)
+    answer = get_session().get(address, headers=build_hf_headers(token=api.token))
+    hf_raise_for_status(answer)
+    text = answer.text
+    return not re.sub(r"\A\s*---\r?\n.*?^---\s*$", "", text, flags=re.DOTALL | re.MULTILINE).strip()
+
+
+def check_push_rights(*repo_ids: str, token: str | None = None) -> None:
     """Find out before any training whether its result can be pushed.
 
     A Hub that does not answer is no reason to stop: it is told, and pushing can be repeated.
 
+    Args:
+        repo_ids: where it will go. token: None takes HF_TOKEN or what ``hf auth login`` stored.
+
     Raises:
-        InputError: bad repo id, offline mode, no token, a token that is not valid or may only read.
+        InputError: bad repo id, offline mode, no token, a token that is not valid or may only read, or that may not
+            write in the organisation of a repo.
     """
-    check_repo_id(repo_id)
-    token = usable_token(token)
+    for repo_id in repo_ids:
+        check_repo_id(repo_id)
+    token, first = usable_token(token), repo_ids[0]
     try:
-        who = HfApi(token=token, library_name="gkd_hf").whoami()
+        with _quiet_client():
+            who = HfApi(token=token, library_name="gkd_hf").whoami()
     except (HTTPError, OSError, ValueError) as error:
         status = _status(error)
         if status in (401, 403):
-            raise InputError(f"hub.repo_id {repo_id}: {_advice(error, repo_id)}") from error
-        tell(f"whether {repo_id} can be pushed is not known yet: {_advice(error, repo_id)}")
+            raise InputError(f"hub.repo_id {first}: {_advice(error, first)}") from error
+        tell(f"whether {first} can be pushed is not known yet: {_advice(error, first)}")
         return
+    for repo_id in repo_ids:
+        trouble = _why_not(who, repo_id)
+        if trouble:
+            raise InputError(
+                f"hub.repo_id {first}: {trouble}; give a token that may to `hf auth login` or HF_TOKEN "
+                f"({TOKENS_PAGE}), or leave hub.repo_id out and push later"
+            )
+
+
+def _why_not(who: Mapping[str, Any], repo_id: str) -> str:
+    """Why the account and token that the Hub described cannot push a repo; "" if nothing is known against it."""
+    org, user = repo_id.partition("/")[0], str(who.get("name"))
     access = (who.get("auth") or {}).get("accessToken") or {}
-    fine_grained = json.dumps(access.get("fineGrained") or {})
-    if access.get("role") == "read" or (access.get("role") == "fineGrained" and "repo.write" not in fine_grained):
-        raise InputError(
-            f"hub.repo_id {repo_id}: the token of '{who.get('name')}' may only read; make one with the role write on "
-            f"{TOKENS_PAGE} and give it to `hf auth login` or HF_TOKEN, or leave hub.repo_id out and push later"
-        )
+    if access.get("role") == "read":
+        return f"the token of '{user}' may only read, and the role write is needed"
+    if access.get("role") == "fineGrained":
+        given = access.get("fineGrained") or {}
+        scopes = [scope for scope in given.get("scoped") or [] if "repo.write" in (scope.get("permissions") or [])]
+        names = [str((scope.get("entity") or {}).get("name")) for scope in scopes]
+        everywhere = "repo.write" in (given.get("global") or [])
+        if not names and not everywhere:
+            return f"the fine-grained token of '{user}' may only read: it has write access to no repos"
+        if not everywhere and not {org.lower(), repo_id.lower()} & {name.lower() for name in names}:
+            return f"the fine-grained token of '{user}' has write access to {', '.join(names)}, not to {repo_id}"
+        return ""
+    if "orgs" not in who or org.lower() == user.lower():
+        return ""
+    roles = {str(each.get("name")).lower(): each.get("roleInOrg") for each in who["orgs"] or []}
+    if org.lower() not in roles:
+        member = f"a member of {', '.join(sorted(roles))}" if roles else "a member of no organisation"
+        return f"'{org}' is not an account that the token can write to: it is that of '{user}', {member}"
+    if roles[org.lower()] == "read":
+        return f"'{user}' may only read in '{org}'"
+    return ""
 
 
 # -- what is uploaded -------------------------------------------------------------------------------------------------
@@ -275,13 +404,22 @@ def _advice(error: BaseException, repo_id: str) -> str:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Silence the client's own words: a commit without changes is no warning here, and trouble is told by us."""
+    """Silence the client's own words: a commit without changes is no warning here, and trouble is told by us.
+
+    Its bars are for a terminal; in a log they are thousands of lines.
+    """
     loggers = [logging.getLogger(name) for name in ("huggingface_hub.hf_api", "huggingface_hub.utils._http")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    asked_for = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    hidden = not (sys.stderr.isatty() or asked_for or are_progress_bars_disabled())
+    if hidden:
+        disable_progress_bars()
     try:
         yield
     finally:
+        if hidden:
+            enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 
 from gkd_hf import (
     GKDDistillationArguments,
@@ -54,7 +55,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def online(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> LoopbackHub:
     """This process's client uses the loopback Hub, with a token that may write."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub
@@ -123,14 +126,103 @@ def test_pushing_again_changes_nothing_and_a_change_is_one_commit(
     assert online.repos["model", SEGMENTER].files()["requirements.txt"] == b"pillow\n"
 
 
-def test_stale_files_of_ours_go_and_those_of_others_stay(run_dir: Path, online: LoopbackHub) -> None:
-    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_gkd.py", "onnx/model.onnx"]
-    foreign = ["notes.md", "eval.py", "pytorch_model.bin", "logs/model.safetensors"]
-    online.add_model(ENCODER, dict.fromkeys([*stale, *foreign], b"old"), private=True)
+def change(hub: LoopbackHub, repo_id: str, **files: bytes) -> None:
+    """Somebody else's commit."""
+    hub.repos["model", repo_id].add_commit(
+        "Edit", added={name.replace("__", "."): data for name, data in files.items()}
+    )
+
+
+def test_only_what_was_pushed_from_here_is_deleted(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = ["model-00001-of-00002.safetensors", "errors.py", "onnx/own.onnx", "notes.md", "logs/model.safetensors"]
+    online.add_model(ENCODER, dict.fromkeys(foreign, b"theirs"), private=True)
+    ours = run_dir / "encoder" / "onnx" / "model.onnx"
+    ours.parent.mkdir()
+    ours.write_bytes(b"\0graph")
+    (run_dir / "encoder" / "handler.py").write_text("ours")
     push_run(run_dir, ENCODER)
-    left = online.repos["model", ENCODER].files()
-    assert not set(stale) & set(left) and set(foreign) <= set(left)
-    assert len(own_commits(online, ENCODER)) == 1
+    repo = online.repos["model", ENCODER]
+    assert {*foreign, "onnx/model.onnx", "handler.py"} <= set(repo.files())
+    change(online, ENCODER, handler__py=b"theirs now")
+    ours.unlink()
+    (run_dir / "encoder" / "handler.py").unlink()
+    capsys.readouterr()
+    push_run(run_dir, ENCODER)
+    left = repo.files()
+    assert {*foreign, "handler.py"} <= set(left) and "onnx/model.onnx" not in left
+    said = capsys.readouterr().err
+    assert f"deleted from {ENCODER}, since no longer exported: onnx/model.onnx" in said
+    named = next(line for line in said.splitlines() if line.startswith(f"left in {ENCODER}, since"))
+    assert all(name in named for name in ("errors.py", "onnx/own.onnx", "handler.py")) and "notes.md" not in named
+
+
+def test_without_a_memory_nothing_is_deleted(run_dir: Path, online: LoopbackHub) -> None:
+    (run_dir / "encoder" / "handler.py").write_text("ours")
+    push_run(run_dir, ENCODER)
+    (run_dir / "encoder" / "handler.py").unlink()
+    for content in ("", "[]", '{"org/gkd-x": 3}'):
+        (run_dir / "pushed.json").write_text(content)
+        push_run(run_dir, ENCODER)
+        assert "handler.py" in online.repos["model", ENCODER].files()
+
+
+def test_a_card_changed_on_the_hub_stays(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_run(run_dir, ENCODER)
+    repo, written = online.repos["model", ENCODER], (run_dir / "encoder" / "README.md").read_bytes()
+    change(online, ENCODER, README__md=written + b"\nMine.\n")
+    (run_dir / "recipe.yaml").write_text(
+        (run_dir / "recipe.yaml").read_text().replace("license: null", "license: mit")
+    )
+    for _ in range(2):
+        capsys.readouterr()
+        push_run(run_dir, ENCODER)
+        said = capsys.readouterr().err
+        assert repo.files()["README.md"] == written + b"\nMine.\n"
+        assert f"left in {ENCODER}: README.md" in said and f"left in {SEGMENTER}" not in said
+    assert b"license: mit" in online.repos["model", SEGMENTER].files()["README.md"]
+    repo.add_commit("Back", added={"README.md": written})
+    push_run(run_dir, ENCODER)
+    assert b"license: mit" in repo.files()["README.md"]
+
+
+def test_a_card_of_unknown_origin_stays_and_other_files_are_named_when_replaced(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    online.add_model(ENCODER, {"README.md": b"# By hand\n", "config.json": b"{}"}, private=True)
+    push_run(run_dir, ENCODER)
+    files = online.repos["model", ENCODER].files()
+    assert files["README.md"] == b"# By hand\n"
+    assert files["config.json"] == (run_dir / "encoder" / "config.json").read_bytes()
+    said = capsys.readouterr().err
+    assert f"left in {ENCODER}: README.md" in said
+    assert f"replaced in {ENCODER}, whose history keeps what was there: config.json" in said
+
+
+@pytest.mark.parametrize("readme", [None, b"---\nlicense: mit\n---\n", b"", b"---\nlicense: mit\n---\n# Mine\n"])
+def test_a_repo_made_on_the_page_takes_the_card(run_dir: Path, online: LoopbackHub, readme: bytes | None) -> None:
+    files = {".gitattributes": b"*.bin filter=lfs\n"} | ({} if readme is None else {"README.md": readme})
+    online.add_model(ENCODER, files, private=True)
+    push_run(run_dir, ENCODER)
+    there = online.repos["model", ENCODER].files()
+    taken = not (readme or b"").endswith(b"Mine\n")
+    assert there["README.md"] == ((run_dir / "encoder" / "README.md").read_bytes() if taken else readme)
+    assert "model.safetensors" in there and b"bin filter" in there[".gitattributes"]
+
+
+def test_bars_are_for_terminals(
+    run_dir: Path, online: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enable_progress_bars()  # whatever a run in this process said
+    push_run(run_dir, ENCODER)
+    assert "%|" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    (run_dir / "encoder" / "model.safetensors").write_bytes(b"\0other")
+    push_run(run_dir, ENCODER)
+    assert "%|" in capsys.readouterr().err
 
 
 def test_what_is_no_export_is_left_out_and_named(
@@ -228,6 +320,52 @@ def test_bad_arguments_are_one_line(run_dir: Path, online: LoopbackHub, refused,
     assert "--repo-id org/name" in refused(run_dir)
     assert "no repo id" in refused(run_dir, "--repo-id", "gkd-x")
     assert "no repo id" in refused(run_dir, "--repo-id", "org/x/y")
+    long = "org/" + "x" * 90
+    assert f"'{long}-toy_city' is no repo id" in refused(run_dir, "--repo-id", long)
+    assert not online.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("recipe.yaml", "hub: x\n", "hub is 'x'"),
+        ("recipe.yaml", "hub: {repo_id: 3}\n", "hub.repo_id is 3"),
+        ("recipe.yaml", "hub: {private: 'no'}\n", "hub.private is 'no'"),
+        ("recipe.yaml", "hub: {private: null}\n", "hub.private is empty"),
+        ("recipe.yaml", "stages: [task]\n", "stages is no mapping"),
+        ("recipe.yaml", "stages: {task: 1}\n", "stages is no mapping"),
+        ("recipe.yaml", "stages: {task: {epochs: 1}}\n", "stages.task.data"),
+        ("report.json", "{", "report.json cannot be read"),
+        ("report.json", "[]", "has no source"),
+        ("report.json", "{}", "has no source"),
+    ],
+)
+def test_broken_files_of_a_run_are_one_line(
+    run_dir: Path, online: LoopbackHub, refused, name: str, content: str, named: str
+) -> None:
+    (run_dir / name).write_text(content)
+    line = refused(run_dir, "--repo-id", ENCODER)
+    assert named in line and name in line
+    assert not online.repos
+
+
+def test_a_run_with_spaces_in_its_name_gets_a_command_that_can_be_pasted(run_dir: Path, refused) -> None:
+    place = run_dir.rename(run_dir.with_name("my run; 1"))
+    (place / "card.json").unlink()
+    command = shlex.split(refused(place, "--repo-id", ENCODER).partition("go on with it first, ")[2])
+    assert command == ["python", "scripts/run_gkd.py", str(place / "recipe.yaml")]
+
+
+def test_one_folder_of_a_run_is_not_pushed_with_a_card_for_other_repos(
+    run_dir: Path, online: LoopbackHub, refused, script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for artefact in ("encoder", "segmenter"):
+        line = refused(run_dir / artefact, "--repo-id", "org/enc")
+        assert f"push the run, python scripts/push.py {run_dir} --repo-id org/name --private" in line
+    assert not online.requests
+    alone = shutil.copytree(run_dir / "encoder", tmp_path / "alone")
+    assert script.main([str(alone), "--repo-id", "org/enc"]) == 0
+    assert "README.md does not name org/enc" in capsys.readouterr().err
 
 
 def test_offline_and_logged_out_are_told_before_anything_is_sent(
@@ -303,11 +441,25 @@ def test_lasting_trouble_is_one_line_and_its_command_goes_on(
     assert len(own_commits(online, ENCODER)) == len(own_commits(online, SEGMENTER)) == 1
 
 
+@pytest.mark.parametrize(("recipe_says", "asked"), [("false", "--private"), ("true", "--public")])
+def test_the_command_that_goes_on_keeps_the_visibility(
+    run_dir: Path, online: LoopbackHub, refused, script: ModuleType, recipe_says: str, asked: str
+) -> None:
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("private: true", f"private: {recipe_says}"))
+    online.inject(403, path=COMMIT, times=math.inf)
+    command = shlex.split(refused(run_dir, "--repo-id", "org/z", asked).partition("to push again: ")[2])
+    assert asked in command
+    online.faults.clear()
+    assert script.main(command[2:]) == 0
+    assert online.repos["model", "org/z-toy_city"].private is (asked == "--private")
+
+
 def test_a_failure_between_the_two_says_which_is_there(run_dir: Path, online: LoopbackHub, refused) -> None:
     online.inject(403, path=COMMIT, times=math.inf, after=1)
     line = refused(run_dir, "--repo-id", ENCODER)
     assert f"could not push {SEGMENTER}" in line and f"({online.url}/{ENCODER} was pushed)" in line
-    assert line.endswith(f"python scripts/push.py {run_dir} --repo-id {ENCODER}")
+    assert line.endswith(f"python scripts/push.py {run_dir} --repo-id {ENCODER} --private")
     assert len(own_commits(online, ENCODER)) == 1 and not own_commits(online, SEGMENTER)
 
 
@@ -340,6 +492,44 @@ def test_rights_are_known_before_training(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
         check_push_rights(ENCODER)
+
+
+def account(role: str = "write", **more: object) -> dict:
+    """What the Hub says of a token."""
+    orgs = [{"name": "org", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}]
+    return {"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role, **more}}}
+
+
+def fine_grained(name: str, *permissions: str) -> dict:
+    """What the Hub says of a fine-grained token with permissions for one account or repo."""
+    scope = {"entity": {"type": "org", "name": name}, "permissions": list(permissions)}
+    return account("fineGrained", fineGrained={"global": [], "scoped": [scope]})
+
+
+@pytest.mark.parametrize(
+    ("who", "repo_ids", "why"),
+    [
+        (account(), ["org/x", "org/x-y"], None),
+        (account(), ["Me/x"], None),
+        (account(), ["other/x"], "'other' is not an account that the token can write to"),
+        (account(), ["club/x"], "may only read in 'club'"),
+        (account("read"), ["me/x"], "may only read"),
+        (fine_grained("org", "repo.write"), ["org/x", "org/x-y"], None),
+        (fine_grained("other", "repo.write"), ["org/x"], "write access to other, not to org/x"),
+        (fine_grained("org", "repo.content.read"), ["org/x"], "write access to no repos"),
+        (fine_grained("org/x", "repo.write"), ["org/x"], None),
+        (fine_grained("org/x", "repo.write"), ["org/x", "org/x-y"], "not to org/x-y"),
+    ],
+)
+def test_rights_are_those_of_the_account_the_repo_is_in(
+    online: LoopbackHub, monkeypatch: pytest.MonkeyPatch, who: dict, repo_ids: list[str], why: str | None
+) -> None:
+    monkeypatch.setattr(upload.HfApi, "whoami", lambda self: who)
+    if why is None:
+        check_push_rights(*repo_ids)
+    else:
+        with pytest.raises(InputError, match=why):
+            check_push_rights(*repo_ids)
 
 
 # -- trainers ---------------------------------------------------------------------------------------------------------
