@@ -29,8 +29,8 @@ from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, S
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_versions
 from gkd_hf.hub.model_card import report_table
-from gkd_hf.hub.push import check_finished, check_push_rights, push_run, write_cards
-from gkd_hf.hub.run_facts import RunFacts, StageFacts, command_line
+from gkd_hf.hub.push import check_finished, check_push_rights, push_run, repo_ids, write_cards
+from gkd_hf.hub.run_facts import FACTS_NAME, RunFacts, StageFacts, command_line
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
@@ -100,11 +100,12 @@ class Pipeline:
         if self.state.is_main_process:
             check_output_dir(self.output_dir)
             if recipe.hub.repo_id is not None:
-                check_push_rights(recipe.hub.repo_id)
+                check_push_rights(*repo_ids(recipe.as_dict(), recipe.hub.repo_id))
             self.check_models()
             self.data.render_toy_city(progress=True)
             self.data.check_rows()
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._forget_result()
             recipe.save(self.output_dir)
         self.state.wait_for_everyone()
 
@@ -118,10 +119,10 @@ class Pipeline:
         trainer = self._learn_task("task", previous)
         report = self._report(trainer, previous)
         if self.state.is_main_process:
-            report.write(self.output_dir)
             size = recipe.stages.task.image_size
             write_encoder(self.output_dir / "encoder", trainer.model.student, self.facts, size)
             write_segmenter(self.output_dir / "segmenter", trainer.model, self.facts, size, report)
+            report.write(self.output_dir)
             self._write_cards()
             print(f"\n{report.table()}", flush=True)
         self.state.wait_for_everyone()
@@ -411,6 +412,11 @@ class Pipeline:
         self._push()
         return {"encoder": str(place)}
 
+    def _forget_result(self) -> None:
+        """Remove what says that there is a result: until the new one is whole, the old must not pass for it."""
+        for name in (FACTS_NAME, "report.json"):
+            (self.output_dir / name).unlink(missing_ok=True)
+
     def _write_cards(self) -> None:
         names = [name for name, _ in self.recipe.stages]
         for name in [*names, *self.recipe.baselines]:
@@ -434,12 +440,14 @@ class Pipeline:
         table = f"The distilled encoder is in {result['encoder']}."
         try:
             check_finished(self.output_dir, self.recipe.as_dict())
+            if not same_settings({"settings": RunFacts.load(self.output_dir).settings}, self.recipe):
+                return None
             if self.recipe.stages.task is not None:
                 result = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
                 if not same_settings(result, self.recipe):
                     return None
                 table = report_table(result)
-        except (InputError, ValueError):
+        except (InputError, ValueError, OSError):
             return None
         # Every process has to have seen this before the main one writes.
         self.state.wait_for_everyone()

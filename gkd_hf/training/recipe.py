@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from gkd_hf.data.domains import Domain, domain
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.hub.model_card import segmenter_repo
 from gkd_hf.models.configuration_gkd import DECODE_HEADS
 from gkd_hf.teacher import GEOMETRIES
 
@@ -390,7 +391,7 @@ def _check_hub(recipe: Recipe, origin: str) -> None:
             what = f"'{source}' is a folder here" if isinstance(source, str) else "the encoder is given by its fields"
             what = "'toy' ships with the package" if source == "toy" else what
             raise InputError(f"{origin}: {key} is '{revision}', but {what}: only Hub ids have revisions, leave it out")
-    repo_id = recipe.hub.repo_id
+    repo_id, task = recipe.hub.repo_id, recipe.stages.task
     if repo_id is not None:
         try:
             validate_repo_id(repo_id)
@@ -399,6 +400,15 @@ def _check_hub(recipe: Recipe, origin: str) -> None:
             valid, why = False, f" ({_first_line(error)})"
         if not valid:
             raise InputError(f"{origin}: hub.repo_id is '{repo_id}': give org/name, for example my-org/gkd-x{why}")
+        if task is not None:
+            try:
+                validate_repo_id(segmenter_repo(repo_id, task.data))
+            except HFValidationError as error:
+                raise InputError(
+                    f"{origin}: hub.repo_id is '{repo_id}' and stages.task.data '{task.data}', so the segmenter would "
+                    f"be '{segmenter_repo(repo_id, task.data)}': choose a shorter or plainer name for one of them "
+                    f"({_first_line(error)})"
+                ) from error
     if recipe.hub.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", recipe.hub.license):
         raise InputError(
             f"{origin}: hub.license is '{recipe.hub.license}': give the Hub's id of a licence, such as apache-2.0 or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from gkd_hf.hub import upload
+from gkd_hf.training import pipeline
 from tests.hub.server import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,42 @@ def test_a_token_that_may_only_read_stops_the_run_before_training(
     monkeypatch.setenv("HF_TOKEN", hub.read_token)
     assert "may only read" in refused(REPO)
     assert not (tmp_path / "out").exists() and not hub.repos
+
+
+def test_an_account_without_the_organisation_stops_the_run_before_training(
+    refused: Callable[..., str], hub: LoopbackHub, tmp_path: Path
+) -> None:
+    assert "'elsewhere' is not an account" in refused("hub.repo_id=elsewhere/tiny")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("died_in", ["write_encoder", "write_segmenter", "write_cards"])
+def test_old_weights_are_not_pushed_with_new_figures(
+    run_gkd: ModuleType,
+    recipe: Path,
+    hub: LoopbackHub,
+    push: Callable[[list[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    died_in: str,
+) -> None:
+    assert run_gkd.main([str(recipe)]) == 0
+    changed = "stages.task.evaluation_images=2"
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, died_in, killed)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            run_gkd.main([str(recipe), changed])
+    if died_in != "write_cards":  # by then everything is new
+        assert push([str(tmp_path / "out"), "--repo-id", "org/tiny"]) == 2
+        assert "is not finished" in capsys.readouterr().err and not hub.repos
+    assert run_gkd.main([str(recipe), changed, REPO]) == 0
+    report = json.loads(hub.repos["model", "org/tiny-custom"].files()["report.json"])
+    assert report["settings"]["stages"]["task"]["evaluation_images"] == 2
 
 
 def test_a_run_without_a_task_pushes_its_encoder(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -241,6 +243,60 @@ def test_stage_is_finished_only_once_its_model_is_whole(tmp_path: Path) -> None:
     assert folder.summary() == {"steps": 1}
     replace_folder(folder.model, lambda place: (place / "newer").write_text("x"))
     assert [path.name for path in folder.model.iterdir()] == ["newer"]
+
+
+def test_a_folder_is_replaced_by_a_whole_one_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+
+    def save(name: str) -> Callable[[Path], None]:
+        return lambda place: (place / name).write_text("x")
+
+    def names() -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+
+    replace_folder(folder, save("first"))
+    replace, calls = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if target == folder and len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gkd_hf.training.stage_folder.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(folder, save("second"))
+    assert any(name.endswith("/first") for name in names())
+
+    def fails(place: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(folder, fails)
+    assert names() == ["model/first"]
+
+    def refused(source: Path, target: Path) -> None:
+        if source.name.endswith(".new"):
+            raise OSError("busy")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gkd_hf.training.stage_folder.os.replace", refused)
+        with pytest.raises(OSError, match="busy"):
+            replace_folder(folder, save("second"))
+    assert (folder / "first").is_file()
+    replace_folder(folder, save("third"))
+    assert names() == ["model/third"]
+
+
+@pytest.mark.parametrize("data", ["toy_city", "custom:a b/ü"])
+def test_the_segmenters_repo_needs_a_name_too(data: str) -> None:
+    path = ROOT / "scripts/recipes/quickstart.yaml"
+    name = "org/" + ("x" * 90 if data == "toy_city" else "x")
+    with pytest.raises(InputError, match="so the segmenter would be"):
+        load_recipe(path, [f"hub.repo_id={name}", f"stages.task.data={data}"])
+    load_recipe(path, [f"hub.repo_id={name}", "stages.task=null", "evaluate=[]", "baselines=[]"])
 
 
 def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(tmp_path: Path) -> None:
