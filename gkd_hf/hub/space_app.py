@@ -248,8 +248,10 @@ def _percent(share: float) -> str:
 CSS = """
 .gradio-container {width: 100%; max-width: 1480px !important; margin: 0 auto}
 .examples .grid-wrap {max-height: none !important; padding: 0 !important; overflow: visible !important}
-.examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; padding: 0 !important}
-.examples .grid-container button {min-width: 0}
+.examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important;
+  grid-auto-rows: auto !important; padding: 0 !important}
+.examples .grid-container button {min-width: 0; min-height: 0; width: 100%; height: auto; aspect-ratio: 1}
+.examples, .examples .gallery-container, .examples .grid-wrap {min-height: 0 !important; height: auto !important}
 .examples img {background: var(--background-fill-secondary)}
 .areas {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; border: none !important}
 .areas tr, .areas td, .areas th {border: none !important; padding: 3px 6px 3px 0 !important; text-align: left}
