@@ -9,8 +9,9 @@
 
 Nothing but the two finished folders is uploaded: weights as safetensors, configuration, card, report; never the
 teacher, optimiser state or pickles. New repos are private unless --public is given; the visibility of one that exists
-stays as it is. It may be repeated: what did not change makes no commit. Failure ends with one line on stderr and exit
-code 2, and loses nothing.
+stays as it is. It may be repeated: what did not change makes no commit, and what others did in the repo stays, a card
+edited there included; pushed.json beside the folders remembers what came from here. Failure ends with one line on
+stderr and exit code 2, and loses nothing.
 """
 
 from __future__ import annotations
