@@ -264,7 +264,7 @@ def test_licences_of_data_and_teacher_are_listed_with_their_pages() -> None:
     [
         ("linear", 'model="org/gkd-x-toy_city", trust_remote_code=True)', "transformers alone"),
         ({"type": "upernet", "hidden_size": 16}, "UperNetForSemanticSegmentation", "trust_remote_code"),
-        (MASK2FORMER, 'subtask="semantic"', "trust_remote_code"),
+        (MASK2FORMER, "Mask2FormerForUniversalSegmentation", "trust_remote_code"),
     ],
 )
 def test_how_to_load_is_what_was_exported(tmp_path: Path, head: Any, there: str, missing: str) -> None:
