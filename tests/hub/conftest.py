@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from huggingface_hub import constants
 
+from gkd_hf.hub import upload
+
+from .runs import finished_run
 from .server import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
@@ -51,5 +58,57 @@ def hub_process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.Co
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("runs") / "original")
+
+
+@pytest.fixture
+def run_dir(one_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(one_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that were asked for; none is waited."""
+    found: list[float] = []
+    monkeypatch.setattr(upload.time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def online(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> LoopbackHub:
+    """This process's client uses the loopback Hub, with a token that may write."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("push_script", ROOT / "scripts" / "push.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run scripts/push.py; assert exit code 2 and one error line; return that line."""
+
+    def run(*arguments: object) -> str:
+        assert script.main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if "error:" in line]
+        assert len(lines) == 1 and "Traceback" not in said.err, said.err
+        return lines[0]
 
     return run
