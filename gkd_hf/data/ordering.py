@@ -11,8 +11,8 @@ import fsspec.asyn
 import numpy as np
 import pyarrow as pa
 import torch.utils.data
-from huggingface_hub.errors import HTTPError
 
+from gkd_hf.data.shards import readable
 from gkd_hf.errors import InputError
 
 _READ_ROWS = 16
@@ -129,14 +129,9 @@ class OrderedRows:
             self._num_rows = count
 
     def _tables(self, rows: datasets.IterableDataset) -> Iterator[pa.Table]:
-        try:
-            # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
-            yield from rows.with_format("arrow").iter(batch_size=_READ_ROWS)
-        except (pa.ArrowException, OSError, HTTPError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(
-                f"domain '{self._name}': the data cannot be read on ({reason}); check the shards or the connection"
-            ) from error
+        # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
+        tables = rows.with_format("arrow").iter(batch_size=_READ_ROWS)
+        yield from readable(tables, f"domain '{self._name}'")
 
 
 def _swap_out(buffer: list[dict], position: int) -> dict:

@@ -6,6 +6,7 @@ what goes wrong on the way ends in one `InputError` that says what to do.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -13,10 +14,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -31,6 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import WeakFileLock, filter_repo_objects
 
 from .errors import InputError
 
@@ -52,30 +55,33 @@ class _Unsettled(Exception):
     """The client fell back on something in its cache that may be incomplete or out of date."""
 
 
-def pull(repo_id: str, patterns: Sequence[str], *, revision: str | None = None) -> Path:
-    """Return the folder of the cache that holds a model's files, each verified against its hash.
+def pull(repo_id: str, patterns: Sequence[str], *, revision: str | None = None, kind: Kind = "model") -> Path:
+    """Return the folder of the cache that holds a repo's files, each verified against its hash.
 
     The folder's name is the commit that the revision stood for. Where the Hub cannot be reached even after some
     tries, or HF_HUB_OFFLINE is set, it is what the cache holds; then too only if everything is there.
+    Any number of processes may pull the same files at once: one fetches, each verifies.
 
     Args:
-        repo_id: Hub id of a model.
+        repo_id: Hub id.
         patterns: which files, as `huggingface_hub.snapshot_download` takes them; those that do not exist are not
             missed.
         revision: commit, tag or branch; None: main.
+        kind: what `repo_id` is the id of.
 
     Raises:
         InputError: no such repo or revision, no access, no connection and nothing in the cache, or content that is
             still damaged after it was fetched again.
     """
+    repo = _Repo(repo_id, kind)
     for attempt in range(2):
-        folder = _fetch(repo_id, patterns, revision)
-        damaged = [path for path in _files(folder, patterns) if not _verified(repo_id, folder, path)]
-        for path in damaged:
-            _remove(path)
+        folder = _fetch(repo, patterns, revision)
+        damaged = [path for path in _files(repo, folder, patterns) if not _verified(repo, folder, path)]
         if not damaged:
             return folder
         names = ", ".join(path.relative_to(folder).as_posix() for path in damaged)
+        for path in damaged:
+            _discard(repo, folder, path)
         logger.warning("%s of '%s' came damaged (another hash than the Hub's); removed", names, repo_id)
         if constants.is_offline_mode():
             raise InputError(
@@ -84,32 +90,59 @@ def pull(repo_id: str, patterns: Sequence[str], *, revision: str | None = None) 
             )
         if attempt == 1:
             raise InputError(
-                f"{names} of '{repo_id}' came damaged twice: its content has another hash than {_page(repo_id)} "
+                f"{names} of '{repo_id}' came damaged twice: its content has another hash than {_page(repo_id, kind)} "
                 "gives. It is not used, and was removed from the cache; try again, over another connection or "
                 "without a proxy in between"
             )
     raise AssertionError("not reached")
 
 
-def listed_files(repo_id: str, commit: str) -> list[str] | None:
+def pull_file(repo_id: str, name: str, *, commit: str, kind: Kind = "model") -> Path:
+    """Return one file of a commit in the cache, verified against its hash; fetched only if it is not there yet.
+
+    Args:
+        repo_id, kind: as `pull`.
+        name: path within the repo.
+        commit: full hash, as the folder's name that `pull` returned.
+
+    Raises:
+        InputError: as `pull`, and no such file.
+    """
+    repo = _Repo(repo_id, kind)
+    cached = try_to_load_from_cache(repo_id, name, revision=commit, repo_type=kind)
+    if isinstance(cached, str):
+        folder = Path(cached[: -len(name)])
+        if _verified(repo, folder, Path(cached)):
+            return Path(cached)
+    # What a bracket or star in the name would stand for is not meant.
+    path = pull(repo_id, [glob.escape(name)], revision=commit, kind=kind) / name
+    if not path.is_file():
+        raise InputError(f"'{repo_id}' lacks {name} at commit {commit}, see {_page(repo_id, kind)}/tree/{commit}")
+    return path
+
+
+def listed_files(repo_id: str, commit: str, *, kind: Kind = "model") -> list[str] | None:
     """Names of all files of a commit that was pulled; None if only their presence in the cache is known."""
     try:
-        return [entry.path for entry in get_cached_repo_tree(repo_id, revision=commit)]
+        return [entry.path for entry in get_cached_repo_tree(repo_id, repo_type=kind, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
 
 
-def pulled_commit(repo_id: str, revision: str | None = None) -> str | None:
-    """The commit that a model's revision stood for when it was last pulled, without asking the Hub.
+def pulled_commit(repo_id: str, revision: str | None = None, *, kind: Kind = "model") -> str | None:
+    """The commit that a repo's revision stood for when it was last pulled, without asking the Hub.
 
     None if it was never pulled: a folder, or `toy`.
     """
     if os.path.isdir(repo_id):
         return None
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[])).name
+        folder = snapshot_download(
+            repo_id, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=[]
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+    return Path(folder).name
 
 
 def with_retries(action: Callable[[], Result], what: str) -> Result:
@@ -185,76 +218,104 @@ def hub_error(error: BaseException, repo_id: str, *, kind: Kind = "model", revis
             return InputError(f"'{repo_id}' is neither a folder here nor a Hub id such as org/name")
         if isinstance(each, HTTPError | ConnectionError | TimeoutError):
             return InputError(
-                f"cannot reach {page} ({_reason(each)}){_and_not_cached(kind)}: check the connection, or give a folder"
+                f"cannot reach {page} ({_reason(each)}), and it is not (or not whole) in the cache: check the "
+                "connection, or give a folder"
             )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return InputError(f"cannot read '{repo_id}'{at} from {page}: {reason}")
 
 
-def _fetch(repo_id: str, patterns: Sequence[str], revision: str | None) -> Path:
+@dataclass(frozen=True)
+class _Repo:
+    """What is pulled from."""
+
+    id: str
+    kind: Kind
+
+    def snapshot(self, patterns: Sequence[str], revision: str | None, *, local: bool) -> Path:
+        """Its folder in the cache, the files fetched unless ``local``."""
+        return Path(
+            snapshot_download(
+                self.id,
+                repo_type=self.kind,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=local,
+            )
+        )
+
+    def listed(self, commit: str) -> list[str] | None:
+        """`listed_files`."""
+        return listed_files(self.id, commit, kind=self.kind)
+
+
+def _fetch(repo: _Repo, patterns: Sequence[str], revision: str | None) -> Path:
     try:
         if constants.is_offline_mode():
-            return _from_cache(repo_id, patterns, revision)
+            return repo.snapshot(patterns, revision, local=True)
         try:
-            return with_retries(lambda: _fetch_once(repo_id, patterns, revision), f"fetching '{repo_id}'")
+            return with_retries(lambda: _fetch_once(repo, patterns, revision), f"fetching '{repo.id}'")
         except Exception as error:
             if not is_transient(error):
                 raise
             try:
-                folder = _from_cache(repo_id, patterns, revision)
+                folder = repo.snapshot(patterns, revision, local=True)
             except LocalEntryNotFoundError:
                 raise error from None
             logger.warning(
                 "the Hub cannot be reached (%s): '%s' is taken from the cache, commit %s",
                 _reason(error),
-                repo_id,
+                repo.id,
                 folder.name,
             )
             return folder
     except (HTTPError, OSError, EntryNotFoundError, HFValidationError, ValueError, _Unsettled) as error:
-        raise hub_error(error, repo_id, revision=revision) from error
+        raise hub_error(error, repo.id, kind=repo.kind, revision=revision) from error
 
 
-def _fetch_once(repo_id: str, patterns: Sequence[str], revision: str | None) -> Path:
+def _fetch_once(repo: _Repo, patterns: Sequence[str], revision: str | None) -> Path:
     commit = revision
-    if revision is None or not _is_commit(revision) or listed_files(repo_id, revision) is None:
+    if revision is None or not _is_commit(revision) or repo.listed(revision) is None:
         # Where this fails, snapshot_download would silently go on with what its cache holds.
-        commit = HfApi().model_info(repo_id, revision=revision).sha
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
-    if folder.name != commit or listed_files(repo_id, commit) is None:
-        raise _Unsettled(f"the Hub did not list the files of '{repo_id}'")
+        commit = HfApi().repo_info(repo.id, repo_type=repo.kind, revision=revision).sha
+    folder = repo.snapshot(patterns, revision, local=False)
+    if folder.name != commit or repo.listed(commit) is None:
+        raise _Unsettled(f"the Hub did not list the files of '{repo.id}'")
     return folder
 
 
-def _from_cache(repo_id: str, patterns: Sequence[str], revision: str | None) -> Path:
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=True))
-
-
-def _files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    for pattern in patterns:
-        yield from sorted(folder.glob(pattern))
+def _files(repo: _Repo, folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files that were meant. Another process may just have removed one as damaged: it is named all the same."""
+    listed = repo.listed(folder.name)
+    if listed is None:
+        return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [folder / name for name in filter_repo_objects(listed, allow_patterns=list(patterns))]
 
 
 _seen_whole: set[tuple[str, int, int]] = set()
 
 
-def _verified(repo_id: str, folder: Path, path: Path) -> bool:
+def _verified(repo: _Repo, folder: Path, path: Path) -> bool:
     """Whether a file has the content that the Hub says: by its entry in the listing, or its blob's name."""
-    state = path.stat()
-    key = (str(path), state.st_size, state.st_mtime_ns)
-    if key in _seen_whole:
-        return True
-    # The client names a blob by its ETag: the SHA-256 of an LFS file, git's SHA-1 of any other. Where there are no
-    # links, or the ETag came damaged, there is still the listing: there an LFS file has the SHA-1 of its pointer.
-    expected = {Path(os.readlink(path)).name} if path.is_symlink() else set()
+    try:
+        state = path.stat()
+        key = (str(path), state.st_size, state.st_mtime_ns)
+        if key in _seen_whole:
+            return True
+        # The client names a blob by its ETag: the SHA-256 of an LFS file, git's SHA-1 of any other. Where there are
+        # no links, or the ETag came damaged, there is still the listing: there an LFS file has the SHA-1 of its
+        # pointer.
+        expected = {Path(os.readlink(path)).name} if path.is_symlink() else set()
+        names = _names(path, state.st_size)
+    except FileNotFoundError:
+        return False  # another process has found it damaged
     try:
         name = path.relative_to(folder).as_posix()
-        expected |= {
-            entry.blob_id for entry in get_cached_repo_tree(repo_id, revision=folder.name) if entry.path == name
-        }
+        tree = get_cached_repo_tree(repo.id, repo_type=repo.kind, revision=folder.name)
+        expected |= {entry.blob_id for entry in tree if entry.path == name}
     except CachedRepoTreeNotFoundError:
         pass
-    if not expected & _names(path, state.st_size):
+    if not expected & names:
         return False
     _seen_whole.add(key)
     return True
@@ -270,6 +331,15 @@ def _names(path: Path, size: int) -> set[str]:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256.hexdigest()}\nsize {size}\n".encode()
     pointer_blob = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer, usedforsecurity=False)
     return {sha256.hexdigest(), blob.hexdigest(), pointer_blob.hexdigest()}
+
+
+def _discard(repo: _Repo, folder: Path, path: Path) -> None:
+    """Remove a damaged file, unless another process has already put a good one into its place."""
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / f"{repo.kind}s--{repo.id.replace('/', '--')}" / "damaged.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not _verified(repo, folder, path):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -304,27 +374,18 @@ def _refused(error: HfHubHTTPError, repo_id: str, kind: Kind, log_in: str) -> In
     if status in TRANSIENT:
         why = "too many requests" if status == 429 else "it is busy or down"
         return InputError(
-            f"the Hub answered {status} ({why}) to every try to fetch '{repo_id}'{_and_not_cached(kind)}: try again "
-            "later, or give a folder"
+            f"the Hub answered {status} ({why}) to every try to fetch '{repo_id}', and it is not (or not whole) in "
+            "the cache: try again later, or give a folder"
         )
     return InputError(f"the Hub answered {status} when asked for '{repo_id}' ({page}): {_reason(error)}")
 
 
 def _not_cached(repo_id: str, kind: Kind, at: str) -> InputError:
-    if kind == "dataset":
-        return InputError(
-            f"'{repo_id}' is streamed from the Hub, which keeps no copy here, and HF_HUB_OFFLINE is set: unset it, or "
-            f"fetch the data while online with `hf download {repo_id} --repo-type dataset --local-dir FOLDER` and "
-            "give that folder"
-        )
+    download = f"hf download {repo_id}" + (" --repo-type dataset" if kind == "dataset" else "")
     return InputError(
         f"'{repo_id}'{at} is not (or not whole) in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-        f"fetch it once while online, for example with `hf download {repo_id}`, or unset HF_HUB_OFFLINE"
+        f"fetch it once while online, for example with `{download}`, or unset HF_HUB_OFFLINE"
     )
-
-
-def _and_not_cached(kind: Kind) -> str:
-    return ", and it is not (or not whole) in the cache" if kind == "model" else ""
 
 
 def _is_commit(revision: str) -> bool:

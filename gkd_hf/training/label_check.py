@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.data.shards import count_rows, find_shards
+from gkd_hf.data.shards import count_rows, find_shards, readable
 from gkd_hf.errors import InputError
 from gkd_hf.training.stage_folder import write_json
 
@@ -85,7 +85,7 @@ def look_at_first_rows(
     rows: datasets.IterableDataset, location: str, split: str, label_map: LabelMap | None = None
 ) -> None:
     """Decode the first rows of a split, which costs little even where rows are streamed; raises as `check_labels`."""
-    for index, row in enumerate(rows.take(FIRST_ROWS)):
+    for index, row in enumerate(readable(rows.take(FIRST_ROWS), f"{location}, split '{split}'")):
         where = _where(location, split, row, index)
         try:
             decode_image(row["image"], where)
@@ -100,7 +100,8 @@ def _check_split(split: LabelledSplit, num_rows: int, bar: tqdm) -> None:
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
-            for index, row in enumerate(itertools.islice(split.rows, num_rows)):
+            rows = readable(itertools.islice(split.rows, num_rows), f"{split.location}, split '{split.split}'")
+            for index, row in enumerate(rows):
                 where = _where(split.location, split.split, row, index)
                 pending.append(pool.submit(_check_row, row, split.label_map, where))
                 if len(pending) >= _ROWS_AHEAD:

@@ -6,9 +6,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HTTPError
 
-from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.data import hub_files, shards
+from gkd_hf.data.hub_files import HubFiles
+from gkd_hf.data.label_maps import label_map
+from gkd_hf.data.shards import count_rows, open_rows, readable
 from gkd_hf.errors import InputError
+from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
 
 from .samples import make_rows, row_image, write_shard
 
@@ -80,6 +85,7 @@ def test_a_hub_failure_names_the_page(monkeypatch):
     def gone(*_: object, **__: object) -> None:
         raise ValueError("Bad split: train. Available\nsplits: ['test']")
 
+    monkeypatch.setattr(shards, "hub_files", lambda location, revision: HubFiles(location, "0" * 40, None, {}))
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(InputError) as caught:
         open_rows("org/name", "train")
@@ -88,18 +94,71 @@ def test_a_hub_failure_names_the_page(monkeypatch):
     assert "Available splits: ['test']" in message and "\n" not in message
 
 
-def test_a_hub_data_set_goes_through_the_same_checks(monkeypatch, write_folder):
-    folder = write_folder(make_rows(4))
-    load = datasets.load_dataset
+def test_a_hub_data_set_goes_through_the_same_checks(monkeypatch, tmp_path, write_folder):
+    folder = write_folder(make_rows(4), per_shard=2)
+    names = tuple(sorted(path.name for path in folder.glob("*.parquet")))
+    bare = {"image": pa.array([row_image(5), None], type=pa.binary()), "label": [1, 2], "id": [7, 8]}
+    pq.write_table(pa.table(bare), folder / "bare.parquet")
+    pq.write_table(pq.read_table(folder / names[0]).slice(0, 0), folder / "empty.parquet")
+    (folder / "broken.parquet").write_bytes(b"PAR1 but not really")
+    splits = {"train": names, "other": (names[0], "bare.parquet"), "none": ("empty.parquet",)}
+    splits |= {"bare": ("empty.parquet", "bare.parquet"), "broken": ("broken.parquet",)}
     asked = {}
 
-    def from_folder(name: str, *, split: str, streaming: bool, revision: str | None) -> datasets.IterableDataset:
-        asked.update(name=name, split=split, streaming=streaming, revision=revision)
-        return load("parquet", data_files={split: str(folder / "*.parquet")}, split=split, streaming=True)
+    def files(location: str, revision: str | None) -> HubFiles:
+        asked.update(location=location, revision=revision)
+        return HubFiles(location, "c" * 40, splits, {"train": 4})
 
-    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    monkeypatch.setattr(shards, "hub_files", files)
+    monkeypatch.setattr(hub_files, "pull_file", lambda location, name, *, commit, kind: folder / name)
     rows = open_rows("org/name", "train", revision="v1")
-    assert asked == {"name": "org/name", "split": "train", "streaming": True, "revision": "v1"}
-    assert next(iter(rows))["image"]["bytes"] == row_image(0)
-    with pytest.raises(InputError, match="column 'mask' is missing"):
+    assert asked == {"location": "org/name", "revision": "v1"}
+    assert ids(rows) == ["row000", "row001", "row002", "row003"]
+    assert list(rows) == list(open_rows(write_folder(make_rows(4), name="same"), "train"))
+    assert (count_rows("org/name", "train"), count_rows("org/name", "other")) == (4, None)
+    bare_rows = list(open_rows("org/name", "bare", columns=("image",)))
+    assert bare_rows == [{"image": {"bytes": row_image(5), "path": None}, "id": 7}, {"image": None, "id": 8}]
+    with pytest.raises(InputError, match=f"{names[0]} of 'org/name': column 'mask' is missing"):
         open_rows("org/name", "train", columns=("image", "mask"))
+    with pytest.raises(InputError, match="bare.parquet of 'org/name': column 'label' holds int64, not image bytes"):
+        list(open_rows("org/name", "other"))
+    with pytest.raises(InputError, match="no rows in split 'none' of https://huggingface.co/datasets/org/name"):
+        open_rows("org/name", "none")
+    with pytest.raises(InputError, match="broken.parquet of 'org/name' is not a readable parquet file"):
+        open_rows("org/name", "broken")
+    with pytest.raises(InputError, match="no such split, did you mean 'train'.*splits: train, other"):
+        open_rows("org/name", "trains")
+
+
+def test_whatever_reading_fails_with_becomes_one_line():
+    def failing(error: Exception):
+        yield 1
+        raise error
+
+    for error in (pa.ArrowInvalid("a\nb"), OSError("a\nb"), HTTPError("a\nb"), EOFError("a\nb"), ValueError("a\nb")):
+        rows = readable(failing(error), "here")
+        assert next(rows) == 1
+        with pytest.raises(InputError, match=r"^here: the data cannot be read on \(a b\); check the shards"):
+            next(rows)
+    with pytest.raises(InputError, match="^as it was$"):
+        list(readable(failing(InputError("as it was")), "here"))
+
+
+def test_a_damaged_page_is_told_by_whoever_meets_it_first(tmp_path, write_folder):
+    folder = write_folder(make_rows(6), name="damaged")
+    (shard,) = folder.glob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    start = pq.read_metadata(shard).row_group(0).column(0).data_page_offset
+    content[start : start + 12] = b"\xff" * 12  # the page's header
+    shard.write_bytes(content)
+    identity = label_map("identity", 2)
+    split = LabelledSplit("city", str(folder), "train", open_rows(folder, "train"), identity, None)
+    for read in (
+        lambda: look_at_first_rows(split.rows, str(folder), "train"),
+        lambda: check_labels([split], tmp_path / "memory.json"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{folder}, split 'train': the data cannot be read on (")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "memory.json").exists()

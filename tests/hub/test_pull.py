@@ -173,7 +173,9 @@ output_dir: {tmp_path / "run"}
     script.add("cached tag", "weights", "org/vit", revision="v0")
     script.add("not cached", "weights", "org/never")
     script.add("not cached tag", "weights", "org/vit", revision="v1")
-    script.add("streamed", "rows", "org/never", revision="v1")
+    script.add("rows not cached", "rows", "org/never", revision="v1")
+    script.add("rows", "rows", "org/rows")
+    script.add("pinned rows", "rows", "org/rows", revision=data[0])
     blob = next((tmp_path / "home/hub/models--org--student/blobs").glob(sha256(old["model.safetensors"])))
     blob.chmod(0o644)
     blob.write_bytes(b"x" + blob.read_bytes()[1:])
@@ -185,7 +187,10 @@ output_dir: {tmp_path / "run"}
     for name, place in (("not cached", "'org/never'"), ("not cached tag", "'org/vit' at revision 'v1'")):
         assert said[name].startswith(f"InputError: {place} is not (or not whole) in the cache {tmp_path / 'home/hub'}")
         assert "unset HF_HUB_OFFLINE" in said[name]
-    assert "streamed from the Hub" in said["streamed"] and "--local-dir FOLDER" in said["streamed"]
+    assert "'org/never' at revision 'v1' is not (or not whole) in the cache" in said["rows not cached"]
+    assert "`hf download org/never --repo-type dataset`" in said["rows not cached"]
+    assert said["rows"] == ["row001", 3]
+    assert said["pinned rows"] == ["row000", 5]
     assert "model.safetensors of 'org/student' is damaged in the cache" in said["damaged in the cache"]
     assert not blob.exists()
 
@@ -261,7 +266,7 @@ def test_faults_on_the_way(
     assert said["upload"] is None
     assert said["moved again"] == new_sum
     assert said["rows-busy"] == ["row000", 5]
-    assert "the Hub answered 503 (it is busy or down) to every try to fetch 'org/rows-down': try" in said["rows-down"]
+    assert "the Hub answered 503 (it is busy or down) to every try to fetch 'org/rows-down'," in said["rows-down"]
     tries = [path for _, path, _ in hub.requests if path == "/api/models/org/down"]
     assert len(tries) == TRIES
 
