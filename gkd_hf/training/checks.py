@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from gkd_hf.errors import InputError
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.recipe import StageRecipe
 from gkd_hf.training.recipe_data import RecipeData
+
+LOCK_PATIENCE = 10.0  # seconds: loader workers of a run that was killed may hold on for a moment
+
+
+@contextmanager
+def lock_output_dir(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder in this context, which a process leaves however it ends.
+
+    Raises:
+        InputError: another run is going on there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_PATIENCE)
+    except Timeout as error:
+        raise InputError(
+            f"another run is going on in output_dir '{folder}': wait for its end, or choose another output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_output_dir(folder: Path) -> None:

@@ -20,6 +20,7 @@ from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.shards import count_rows, find_shards, readable
 from gkd_hf.errors import InputError
+from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stage_folder import write_json
 
 FIRST_ROWS = 4
@@ -73,7 +74,8 @@ def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
     new = {key: (split, facts) for key, (split, facts) in new.items() if known.get(key) != facts}
     if not new:
         return
-    with tqdm(total=sum(facts["rows"] for _, facts in new.values()), desc="checking labels", unit="image") as bar:
+    total = sum(facts["rows"] for _, facts in new.values())
+    with tqdm(total=total, desc="checking labels", unit="image", disable=no_bar()) as bar:
         for key, (split, facts) in new.items():
             _check_split(split, facts["rows"], bar)
             known[key] = facts

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStu
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
 from gkd_hf.training.artefacts import resolved_commits, same_settings, write_encoder, write_segmenter
-from gkd_hf.training.checks import check_grids, check_output_dir, train_steps
+from gkd_hf.training.checks import check_grids, check_output_dir, lock_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
@@ -93,6 +95,10 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """See `run`."""
+        with ExitStack() as held:
+            return self._run(held)
+
+    def _run(self, held: ExitStack) -> dict[str, Any]:
         recipe = self.recipe
         done = self._finished_before()
         if done is not None:
@@ -102,7 +108,8 @@ class Pipeline:
             if recipe.hub.repo_id is not None:
                 check_push_rights(*repo_ids(recipe.as_dict(), recipe.hub.repo_id))
             self.check_models()
-            self.data.render_toy_city(progress=True)
+            held.enter_context(lock_output_dir(self.output_dir))
+            self.data.render_toy_city(progress=bars_are_seen())
             self.data.check_rows()
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._forget_result()
@@ -124,7 +131,7 @@ class Pipeline:
             write_segmenter(self.output_dir / "segmenter", trainer.model, self.facts, size, report)
             report.write(self.output_dir)
             self._write_cards()
-            print(f"\n{report.table()}", flush=True)
+            print(f"\n{report.table()}\n\n{self._closing_words()}", flush=True)
         self.state.wait_for_everyone()
         self._push()
         return report.as_dict()
@@ -425,6 +432,13 @@ class Pipeline:
                 self.facts.stages[name] = StageFacts(**facts)
         self.facts.save(self.output_dir)
         write_cards(self.output_dir, self.recipe.hub.repo_id)
+
+    def _closing_words(self) -> str:
+        seconds = sum(stage.seconds for stage in self.facts.stages.values())
+        return (
+            f"report.md, report.png, encoder/ and segmenter/ are in {self.output_dir}; the stages took "
+            f"{duration(seconds)} since they were last started"
+        )
 
     def _push(self) -> None:
         """Push from the main process, after everything is saved and told; the others have nothing to wait for."""

@@ -180,6 +180,8 @@ def _stage_lines(
         f"  effective batch: {stage.batch_size} = {stage.batch_size // share} per device × {processes} process(es) "
         f"× {accumulation} accumulation step(s)",
     ]
+    if images is not None and stage.batch_size > images:
+        lines.append(f"  NOTE: a batch of {stage.batch_size} is more than the {images:,} images there are")
     if isinstance(stage, DistillationRecipe):
         end = min(stage.min_learning_rate, learning_rate(stage))
         lines.append(f"  learning rate: {learning_rate(stage):.3g}, cosine to {end:.3g}; no labels are read")

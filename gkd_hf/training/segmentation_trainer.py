@@ -21,6 +21,7 @@ from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
 from gkd_hf.training.artefacts import write_segmenter
+from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -157,7 +158,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         classes = model.config.num_labels
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
         seen, kept, skipped = 0, [], []
-        quiet = args.disable_tqdm or args.process_index > 0
+        quiet = args.disable_tqdm or args.process_index > 0 or no_bar()
         bar = tqdm(total=images.share, desc=name, unit="image", disable=quiet, leave=False)
         for batch in loader:
             bar.update(len(batch["labels"]) + len(batch["bad_rows"]))

@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -24,44 +24,11 @@ from gkd_hf.hub.push import push_folder
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
+from gkd_hf.training.progress import stage_progress
 
 
 class NonFiniteLossError(InputError):
     """The loss or the weights are no longer finite numbers; the message names step, terms and last good checkpoint."""
-
-
-class StageProgress(ProgressCallback):
-    """One progress bar that carries the loss, in place of a printed dictionary at every logging step."""
-
-    def __init__(self, title: str):
-        super().__init__()
-        self.title = title
-
-    def on_train_begin(
-        self, args: StageArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar where a resumed run stands."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description_str(self.title)
-            self.training_bar.update(state.global_step)
-            self.current_step = self.training_bar.initial = state.global_step
-
-    def on_log(
-        self,
-        args: StageArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show loss, attention on the own position and learning rate beside the bar."""
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            # What decides whether to go on; every term stands in the trainer's log.
-            names = {"loss": "loss", "self_weight": "self_weight", "learning_rate": "lr"}
-            self.training_bar.set_postfix(
-                {short: f"{logs[name]:.3g}" for name, short in names.items() if name in logs}
-            )
 
 
 class StreamTrainer(Trainer):
@@ -98,7 +65,7 @@ class StreamTrainer(Trainer):
         )
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(StageProgress(title))
+            self.add_callback(stage_progress(title))
         self.title = title
         self.recorder = StageRecorder()
         self.add_callback(self.recorder)
