@@ -58,8 +58,8 @@ def contact_sheet(
     """Draw ``count`` rows: each image, beside it the image under its label, the row's id and size below.
 
     The legend tells each class's colour, its share of the shown rows' pixels, its train id, its name, and from which
-    stored ids it comes where they are others. Ignored pixels are striped black and white, as no class colour is. A row that cannot
-    be decoded is shown as an empty picture with the reason.
+    stored ids it comes where they are others. Ignored pixels are striped black and white, as no class colour is. A row
+    that cannot be decoded is shown as an empty picture with the reason.
 
     Args:
         source: a folder of shards, from which rows are taken at even distances; a Hub id ``org/name``, or rows with

@@ -1,4 +1,24 @@
-"""From the bytes of one table cell to an RGB image or an array of label ids, by stated rules."""
+"""From the bytes of one table cell to an RGB image or an array of label ids, by stated rules.
+
+An image cell becomes an upright 8-bit RGB image:
+
+- grey, bilevel, palette, CMYK, YCbCr and Lab images are converted; alpha, and the transparency of a palette, is
+  dropped: a transparent pixel keeps its stored colour;
+- of 16 bits per channel the upper eight are kept; a wider integer is clipped to 16 bits first;
+- the EXIF orientation is applied; of an animation (GIF, PNG, WebP) or a TIFF of many pages the first frame is taken.
+
+A label cell becomes its stored ids:
+
+- grey and 16- or 32-bit integer images as they are, palette images as their indices, bilevel ones as 0 and 1;
+- grey stored as RGB (three equal channels) as one of them, grey with alpha as the grey;
+- no orientation is applied, and of an animation the first frame is taken.
+
+The row is skipped, counted and reported (`CorruptImage`) if a cell is empty (an image only), has zero bytes, names a
+file that cannot be read, holds bytes that are no image or are truncated or damaged, has floating-point pixels, or is a
+decompression bomb of more than `MAX_PIXELS`. What shows a wrong data set or label map rather than a bad row stops the
+run with an `InputError`: a missing label, a label in colours, a label of another size than its image, a label value
+outside the map. `gkd_hf.data.bad_rows` counts skipped rows by reason and finds their shards.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +35,7 @@ import PIL.ImageOps
 from gkd_hf.errors import InputError
 
 MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused as decompression bombs (Pillow's own limit for an error)."""
+"""Images with more pixels are skipped as decompression bombs (Pillow's own limit for an error)."""
 
 _EXIF_ORIENTATION = 0x0112
 # What a PNG's orientation can be kept in. Pillow decodes every pixel to find it, as it may come after them.
@@ -24,7 +44,10 @@ _WARNING_FILTERS = threading.Lock()  # they belong to the whole process
 
 
 class CorruptImage(Exception):
-    """The bytes of one cell are not a readable image; the row is skipped, counted and reported."""
+    """The bytes of one cell are not a readable image; the row is skipped, counted and reported.
+
+    The message is the column, a colon and the reason; what differs between rows of one reason stands in parentheses.
+    """
 
 
 @contextmanager
@@ -34,6 +57,8 @@ def _damage_is_corrupt(data: bytes, column: str) -> Iterator[None]:
         yield
     except (CorruptImage, MemoryError):
         raise
+    except PIL.Image.DecompressionBombError as error:
+        raise CorruptImage(f"{column}: decompression bomb ({error})") from error
     except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged bytes
         reason = str(error) if str(error) and "BytesIO" not in str(error) else f"not an image ({len(data)} bytes)"
         raise CorruptImage(f"{column}: {reason}") from error
@@ -42,22 +67,22 @@ def _damage_is_corrupt(data: bytes, column: str) -> Iterator[None]:
 def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
     """Open a cell (``{"bytes", "path"}`` or bytes) without decoding its pixels; return it with its bytes."""
     if cell is None:
-        raise CorruptImage(f"empty {column} cell")
+        raise CorruptImage(f"{column}: empty cell")
     data, path = (cell, None) if isinstance(cell, bytes) else (cell.get("bytes"), cell.get("path"))
     if data is None and path:
         try:
             with open(path, "rb") as file:
                 data = file.read()
         except OSError as error:
-            raise CorruptImage(f"{column} file cannot be read: {error}") from error
+            raise CorruptImage(f"{column}: file cannot be read ({error})") from error
     if not data:
-        raise CorruptImage(f"{column} has zero bytes")
+        raise CorruptImage(f"{column}: zero bytes")
     # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
     with _damage_is_corrupt(data, column), _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         image = PIL.Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS:
-        raise CorruptImage(f"{column} of {image.width}×{image.height} pixels is a decompression bomb")
+        raise CorruptImage(f"{column}: decompression bomb ({image.width}×{image.height} pixels)")
     return image, data
 
 
@@ -87,31 +112,32 @@ def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
 def decode_image(cell: Mapping | bytes | None, where: str) -> PIL.Image.Image:
     """Decode an image cell to an upright RGB image.
 
-    Conversions: EXIF orientation is applied; of an animation the first frame is taken; palette, CMYK, YCbCr, bilevel
-    and grey images become RGB; alpha is dropped (transparent pixels keep their stored colour); 16-bit grey keeps its
-    upper eight bits. Raises ``CorruptImage`` (with ``where`` in no message: the caller reports the row) for anything
-    that cannot be decoded, floating-point pixels included.
+    The rules are those of the module. Raises ``CorruptImage`` (with ``where`` in no message: the caller reports the
+    row) for anything that cannot be decoded, floating-point pixels included.
     """
     image = _open(cell, "image")
     try:
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block
-        raise CorruptImage(f"image: unreadable EXIF block ({error})") from error
+        raise CorruptImage(f"image: damaged EXIF block ({error})") from error
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise CorruptImage("image has floating-point pixels, whose range is unknown")
+        raise CorruptImage("image: floating-point pixels, whose range is unknown")
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:  # a mode that this build of Pillow knows no way from
+        raise CorruptImage(f"image: no conversion from mode {image.mode} to RGB ({error})") from error
 
 
 def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
-    """Decode a label cell to its stored ids, H×W (uint8, uint16 or int32); a palette image keeps its indices.
+    """Decode a label cell to its stored ids, H×W (uint8, uint16 or int32), by the rules of the module.
 
     Raises ``CorruptImage`` for unreadable bytes, and ``InputError`` naming ``where`` for a missing label or for one
     that stores colours in place of ids.
@@ -123,6 +149,12 @@ def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
         return np.asarray(image)
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8)
+    if image.mode == "LA":
+        return np.asarray(image)[..., 0]
+    if image.mode == "RGB":
+        pixels = np.asarray(image)
+        if (pixels == pixels[..., :1]).all():
+            return np.ascontiguousarray(pixels[..., 0])
     raise InputError(
         f"{where}: the label is a picture of mode {image.mode} (colours), not one integer id per pixel; "
         "convert it to a single-channel PNG of ids"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import PIL.Image
 import torch
 import torch.utils.data
 
+from gkd_hf.data.bad_rows import row_identity
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
@@ -74,7 +74,7 @@ class _BadRows:
 
     def add(self, row: dict, reason: str) -> dict[str, str]:
         """Note one corrupt row; returns its entry for the report."""
-        identity = _identity(row)
+        identity = row_identity(row)
         entry = {"domain": self._domain, "id": identity, "reason": reason}
         self._entries.setdefault(identity, entry)
         return entry
@@ -94,16 +94,6 @@ class _BadRows:
         check_bad_rows(self._domain, list(self._entries.values()), self._ordered.num_rows, limit)
 
 
-def _identity(row: dict) -> str:
-    """Name a row by its ``id``, its file, or the hash of its bytes: the same in every pass and on every process."""
-    if row.get("id") is not None:
-        return str(row["id"])
-    image = row.get("image") or {}
-    if image.get("path"):
-        return image["path"]
-    return "sha1:" + hashlib.sha1(image.get("bytes") or b"").hexdigest()[:12]
-
-
 class _RowDecoder:
     """Raw row → upright RGB image and, if there is a label map, train ids; checks that they belong together."""
 
@@ -112,7 +102,7 @@ class _RowDecoder:
         self._label_map = label_map
 
     def __call__(self, row: dict) -> tuple[PIL.Image.Image, np.ndarray | None]:
-        where = f"domain '{self._domain}', row '{_identity(row)}'"
+        where = f"domain '{self._domain}', row '{row_identity(row)}'"
         if "image" not in row:
             raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
         image = decode_image(row["image"], where)
@@ -365,7 +355,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
                 "pixel_values": self.transform(image),
                 "labels": torch.from_numpy(label.astype(np.int64)),
                 "image": np.array(image),
-                "id": _identity(row),
+                "id": row_identity(row),
                 "bad_rows": reported,
             }
             reported = []
