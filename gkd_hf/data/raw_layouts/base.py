@@ -114,12 +114,18 @@ class RawLayout(ABC):
         return f"expected is the layout as distributed: {'; '.join(lines)}"
 
     def collect(
-        self, folder: Path, endings: Iterable[str], *, prefix: str = "", recursive: bool = False
+        self,
+        folder: Path,
+        endings: Iterable[str],
+        *,
+        prefix: str = "",
+        recursive: bool = False,
+        relative: bool = False,
     ) -> dict[str, Path]:
         """Return key → file of all files in ``folder`` that are called ``prefix`` + key + one of ``endings``.
 
-        Endings are compared without case, hidden files are passed over. Raises ``InputError`` if there is no such
-        file, or if two files have one key.
+        Endings are compared without case, the first that fits counts; hidden files are passed over. ``relative`` puts
+        the sub-folders into the key. Raises ``InputError`` if there is no such file, or if two files have one key.
         """
         endings = tuple(endings)
         found: dict[str, Path] = {}
@@ -129,6 +135,8 @@ class RawLayout(ABC):
             if ending is None or not name.startswith(prefix) or name.startswith(".") or not path.is_file():
                 continue
             key = name[len(prefix) : -len(ending)]
+            if relative:
+                key = (path.relative_to(folder).parent / key).as_posix()
             if key in found:
                 raise InputError(f"{self.domain}: {found[key]} and {path} are both called '{key}'; remove one of them")
             found[key] = path
