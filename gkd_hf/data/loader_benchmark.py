@@ -1,0 +1,160 @@
+"""How fast training data comes: bare decoding of the same bytes against the streams of both stages."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from gkd_hf.data.decoding import decode_image, decode_label
+from gkd_hf.data.label_maps import LabelMap
+from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.data.streaming import SampleStream, collate
+from gkd_hf.data.toy_city import render
+from gkd_hf.data.transforms import DistillationTransform, SegmentationTransform
+from gkd_hf.errors import InputError
+
+WIDTH, HEIGHT = 1024, 512
+_CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What is measured: numbers of things, and the crops' sides in pixels.
+
+    Attributes:
+        pictures: distinct pictures of a measurement's bare decoding, and of a set written for it.
+        images: images per measurement. rounds: measurements of each kind, alternating.
+        workers: worker processes. batch_size: images in a batch.
+        stage1_size, stage2_size: side of the crop in each stage.
+    """
+
+    pictures: int = 48
+    images: int = 384
+    rounds: int = 3
+    workers: int = 2
+    batch_size: int = 16
+    stage1_size: int = 224
+    stage2_size: int = 512
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"{name} is {value}: give 1 or more")
+        if self.images < self.batch_size:
+            raise InputError(f"{self.images} images are less than one batch of {self.batch_size}")
+
+
+class _BareDecoding(Dataset):
+    """Item i: the i-th picture, modulo their number, decoded and thrown away."""
+
+    def __init__(self, pictures: list[bytes], length: int) -> None:
+        self.pictures, self.length = pictures, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return Image.open(io.BytesIO(self.pictures[index % len(self.pictures)])).convert("RGB").width
+
+
+def rendered(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ``count`` pictures of 1024×512 pixels with labels: two scenes of the toy city side by side."""
+    for start in range(0, 2 * count, 2):
+        images, labels = render("clear_day", 2, size=HEIGHT, start=start)
+        yield np.hstack(images), np.hstack(labels)
+
+
+def tiled(folder: str, split: str, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ``count`` pictures of 1024×512 pixels with labels: each row of a folder, repeated side by side, below."""
+    for row in itertools.islice(itertools.cycle(open_rows(folder, split)), count):
+        image, label = np.asarray(decode_image(row["image"], folder)), decode_label(row["label"], folder)
+        down, across = -(-HEIGHT // label.shape[0]), -(-WIDTH // label.shape[1])
+        yield np.tile(image, (down, across, 1))[:HEIGHT, :WIDTH], np.tile(label, (down, across))[:HEIGHT, :WIDTH]
+
+
+def _encoded(array: np.ndarray, kind: str, **options: int) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_pairs(pairs: Iterator[tuple[np.ndarray, np.ndarray]], folder: str) -> None:
+    """Write images as JPEGs (quality 95) and labels as PNGs to one shard of the split ``train`` in ``folder``."""
+    images, labels = zip(*((_encoded(i, "JPEG", quality=95), _encoded(a, "PNG")) for i, a in pairs), strict=True)
+    table = pa.table({"image": pa.array(images, _CELL), "label": pa.array(labels, _CELL)})
+    pq.write_table(table, f"{folder}/train-00000-of-00001.parquet", row_group_size=16)
+
+
+def _timed(dataset: Dataset | IterableDataset, settings: LoaderSettings, **loading: object) -> tuple[float, float]:
+    """Images per second once the workers run, and processor milliseconds of the workers per image."""
+    batches, began_cpu = settings.images // settings.batch_size, _children_seconds()
+    loader = iter(DataLoader(dataset, settings.batch_size, num_workers=settings.workers, prefetch_factor=2, **loading))
+    warm = 2 * settings.workers
+    for _ in range(warm):
+        next(loader)
+    began = time.perf_counter()
+    for _ in range(batches):
+        next(loader)
+    rate = batches * settings.batch_size / (time.perf_counter() - began)
+    del loader  # ends the workers, whose processor time is known only then
+    made = settings.batch_size * (
+        warm + batches + settings.workers / 2
+    )  # a worker's last batch is half done on average
+    return rate, 1000 * (_children_seconds() - began_cpu) / made
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettings) -> dict:
+    """Time bare decoding and the three streams over a folder of shards; prints each measurement.
+
+    Returns ``workers``; ``images_per_second``, the fastest of each kind; ``ratio``, that to bare decoding's;
+    ``cpu_ms``, the least processor time of the workers per image; ``cpu_ratio``, bare decoding's to it.
+    """
+    rows, size = open_rows(folder, split), settings.stage1_size
+    length = (settings.images // settings.batch_size + 8 * settings.workers) * settings.batch_size
+    pictures = [row["image"]["bytes"] for row in itertools.islice(rows, settings.pictures)]
+    common = {"seed": 0, "micro_batch_size": settings.batch_size, "num_rows": count_rows(folder, split)}
+    plain = DistillationTransform(size, _MEAN, _STD, rand_augment=False, erase_probability=0.0)
+    labels = {"label_map": label_map}
+    streams = {
+        "bare_decode": (_BareDecoding(pictures, length), {}),
+        "stage1_crop_flip": (SampleStream(rows, plain, **common), {"collate_fn": collate}),
+        "stage1_full": (
+            SampleStream(rows, DistillationTransform(size, _MEAN, _STD), **common),
+            {"collate_fn": collate},
+        ),
+        "stage2": (
+            SampleStream(rows, SegmentationTransform(settings.stage2_size, _MEAN, _STD), **common, **labels),
+            {"collate_fn": collate},
+        ),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
+    for turn in range(settings.rounds):
+        for name, (dataset, loading) in streams.items():
+            found[name].append(_timed(dataset, settings, **loading))
+            rate, cpu = found[name][-1]
+            print(f"round {turn + 1}  {name:17s} {rate:7.1f} images/s  {cpu:6.2f} cpu ms/image", flush=True)
+    rates = {name: max(rate for rate, _ in turns) for name, turns in found.items()}
+    cpu = {name: min(used for _, used in turns) for name, turns in found.items()}
+    return {
+        "workers": settings.workers,
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": {name: round(rate / rates["bare_decode"], 3) for name, rate in rates.items()},
+        "cpu_ms": {name: round(used, 2) for name, used in cpu.items()},
+        "cpu_ratio": {name: round(cpu["bare_decode"] / used, 3) for name, used in cpu.items()},
+    }
