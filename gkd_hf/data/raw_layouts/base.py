@@ -42,11 +42,13 @@ class RawLayout(ABC):
         domain: name in ``domains.DOMAINS``.
         description: the folders and encodings as distributed, in a few lines, for help texts and errors.
         splits: the names of the splits the data set has, as ``Domain.splits`` uses them.
+        domain_label_map: name of the map from the ids in its label files to train ids (``label_maps.LABEL_MAPS``).
     """
 
     domain: str
     description: str
     splits: tuple[str, ...]
+    domain_label_map: str = "identity"
 
     @abstractmethod
     def samples(self, root: Path, split: str) -> list[RawSample]:
@@ -72,14 +74,13 @@ class RawLayout(ABC):
 
         Raises ``InputError`` naming the file for an unreadable one, and its values that the data set does not define.
         """
-        return self.train_ids.apply(stored_ids(self.label_of(sample)), str(sample.label))
+        path = self.label_of(sample)
+        return self.train_ids.apply(stored_ids(path), str(path))
 
     @functools.cached_property
     def train_ids(self) -> LabelMap:
         """The map from the ids in this data set's label files to train ids."""
         return label_map(self.domain_label_map, len(self.label_space.classes))
-
-    domain_label_map: str = "identity"
 
     @property
     def label_space(self) -> LabelSpace:

@@ -57,6 +57,7 @@ _VAIHINGEN = {
 class ISPRS(RawLayout):
     """One of the two cities in one band choice."""
 
+    domain_label_map = "isprs"
     splits = ("train", "validation")
 
     def __init__(self, domain: str) -> None:
@@ -135,8 +136,6 @@ class ISPRS(RawLayout):
         if path.stem.removesuffix("_noBoundary") in _INEXACT_TILES:
             colours = np.where(colours < 128, np.uint8(0), np.uint8(255))
         return ids_of_colours(colours, _COLOURS, str(path))
-
-    domain_label_map = "isprs"
 
 
 def _spans(length: int) -> list[tuple[int, int]]:
