@@ -82,7 +82,8 @@ class ISPRS(RawLayout):
             f"  {self._image_folders[0]}/{self._prefix}TILE{self._image_endings[0]}\n"
             f"  {self._label_folders[0]}/{self._prefix}TILE{self._label_endings[0]}   (or else "
             f"{self._label_folders[1]}/{self._prefix}TILE{self._label_endings[2]})\n"
-            "  labels: RGB in the six colours, black = ignored; or one value for each pixel, 0 = ignored, 1..6"
+            "  labels: RGB in the six colours, black = ignored; or one value for each pixel, 0 = ignored, 1..6\n"
+            f"  cut into {PIECE}×{PIECE} pieces; the last of a row or column is moved back to end with the tile"
         )
 
     def samples(self, root: Path, split: str) -> list[RawSample]:
