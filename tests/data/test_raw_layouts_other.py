@@ -207,6 +207,17 @@ def test_camvid(camvid: Path):
         layout.samples(camvid, "test")
 
 
+def test_the_one_faulty_camvid_label_is_void_where_it_is_faulty(tmp_path: Path):
+    for frame in ("Seq05VD_f02610", "Seq05VD_f02640"):
+        photo(tmp_path / f"701_StillsRaw_full/{frame}.png", (2, 1))
+        save(tmp_path / f"LabeledApproved_full/{frame}_L.png", [[(26, 26, 26), (128, 64, 128)]])
+    layout = raw_layout("camvid_day")
+    faulty, other = layout.samples(tmp_path, "test")
+    assert train_ids(layout, faulty) == [255, 3]
+    with pytest.raises(InputError, match=r"f02640_L.png: 1 pixel\(s\) have colours of no class: \(26, 26, 26\)"):
+        layout.read_label(other)
+
+
 @pytest.mark.skipif("GKD_REFERENCE_DATA" not in os.environ, reason="GKD_REFERENCE_DATA is not set")
 def test_camvid_splits_are_those_of_the_reference_copy(tmp_path: Path):
     root = Path(os.environ["GKD_REFERENCE_DATA"]) / "data" / "camvid"

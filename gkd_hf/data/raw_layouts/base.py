@@ -219,10 +219,12 @@ def is_colour_coded(path: Path) -> bool:
         raise InputError(f"{path} is not a readable image ({error}); download it again") from error
 
 
-def ids_of_colours(rgb: np.ndarray, ids: Mapping[tuple[int, int, int], int], where: str) -> np.ndarray:
-    """Return the id (uint8, H×W) of each pixel's colour (uint8, H×W×3).
+def ids_of_colours(
+    rgb: np.ndarray, ids: Mapping[tuple[int, int, int], int], where: str, *, others: int | None = None
+) -> np.ndarray:
+    """Return the id (uint8, H×W) of each pixel's colour (uint8, H×W×3); ``others`` is that of unlisted colours.
 
-    Raises ``InputError`` naming ``where`` and the first colours that ``ids`` does not list.
+    Raises ``InputError`` naming ``where`` and the first unlisted colours if there is no id for them.
     """
     table = sorted((red << 16 | green << 8 | blue, value) for (red, green, blue), value in ids.items())
     codes = np.array([code for code, _ in table], dtype=np.int32)
@@ -230,10 +232,10 @@ def ids_of_colours(rgb: np.ndarray, ids: Mapping[tuple[int, int, int], int], whe
     pixels = rgb[..., 0].astype(np.int32) << 16 | rgb[..., 1].astype(np.int32) << 8 | rgb[..., 2]
     at = np.searchsorted(codes, pixels).clip(max=len(codes) - 1)
     strange = codes[at] != pixels
-    if strange.any():
+    if strange.any() and others is None:
         colours = [(int(code) >> 16, int(code) >> 8 & 255, int(code) & 255) for code in np.unique(pixels[strange])]
         raise InputError(
             f"{where}: {int(strange.sum())} pixel(s) have colours of no class: {named(colours)}; "
             "use the label file as distributed (not resized, not saved as JPEG)"
         )
-    return values[at]
+    return values[at] if others is None else np.where(strange, np.uint8(others), values[at])
