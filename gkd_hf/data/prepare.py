@@ -1,0 +1,380 @@
+"""From a data set as distributed to parquet shards of images and train ids: parallel, resumable, the same every time.
+
+Shards are written by several processes, each under a temporary name that becomes the final one when all is on disk; a
+finished shard says in its footer what it was made with, and is never written again. Which rows a shard holds is fixed
+before the first is written, so that neither the number of processes nor a kill changes a byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gkd_hf.data.custom_layout import CustomLayout
+from gkd_hf.data.dataset_card import card_text
+from gkd_hf.data.manifest import MANIFEST, Manifest, Shard, Split, file_sha256, verify
+from gkd_hf.data.raw_layouts import RawLayout, RawSample, raw_layout
+from gkd_hf.data.shard_writer import Job, Part, read_facts, temporary_name, whole_file, write_shard
+from gkd_hf.errors import InputError
+
+__all__ = ["Manifest", "is_custom", "prepare", "verify"]
+
+CARD = "README.md"
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK_SECONDS = 5.0  # workers of a killed run live on for a moment
+
+
+def is_custom(domain: str) -> bool:
+    """Whether a domain is the user's own: "custom" or "custom:NAME"."""
+    return domain.partition(":")[0] == "custom"
+
+
+def prepare(
+    domain: str,
+    root: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    layout: RawLayout | None = None,
+    splits: Sequence[str] | None = None,
+    shard_rows: int = 256,
+    row_group_rows: int = 16,
+    re_encode: str | None = None,
+    workers: int | None = None,
+    classes: Sequence[str] | None = None,
+    id_map: Mapping[int, int] | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Write a data set as ``OUT/SPLIT-00000-of-00012.parquet``, with a card (README.md) and, last, manifest.json.
+
+    Columns: image and label (the encoded file and a name; the label a PNG of train ids, null without labels), id and
+    domain. Images keep their bytes unless ``re_encode`` is given or the sample is a piece of a larger image. A run
+    that was killed, or that filled the disk, goes on where it stopped when it is started again; a finished folder is
+    left as it is.
+
+    Args:
+        domain: name in ``domains.DOMAINS``, or "custom" or "custom:NAME" for one's own data.
+        root: the folder in which the data set was unpacked. out: the folder of the shards.
+        layout: how the data lies in ``root``; by default that of the domain.
+        splits: those to prepare; by default all that are in ``root``.
+        shard_rows: samples in a shard. row_group_rows: samples in a row group, the least that can be read.
+        re_encode: None, "png" or "jpeg:QUALITY" (1 to 100).
+        workers: processes; by default one for each core.
+        classes, id_map: as for ``CustomLayout``, of one's own data only.
+
+    Raises:
+        InputError: raw data that is not there or damaged, a folder made with other settings or in use, a full disk.
+    """
+    root, out = Path(root).expanduser(), Path(out).expanduser()
+    _check_numbers(shard_rows, row_group_rows, re_encode, workers)
+    layout = layout or _layout_of(domain, classes, id_map)
+    samples = {split: layout.samples(root, split) for split in splits or layout.splits_in(root)}
+    names = _class_names(layout, samples)
+    settings = {
+        "domain": domain,
+        "splits": {split: len(found) for split, found in samples.items()},
+        "shard_rows": shard_rows,
+        "row_group_rows": row_group_rows,
+        "re_encode": re_encode,
+        "classes": names,
+        "id_map": None if id_map is None else {str(stored): id_map[stored] for stored in sorted(id_map)},
+        "raw_files": _digest(root, samples),
+    }
+    job = Job(layout, domain, None if names is None else len(names), row_group_rows, re_encode, settings)
+    parts = _parts(out, samples, shard_rows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone_in(out):
+            manifest = _check_folder(out, settings, parts)
+            if manifest is not None and (out / CARD).exists() and all(part.target.exists() for part in parts):
+                return manifest
+            found = _write_all(parts, job, workers or _cores(), progress)
+            manifest = _manifest(domain, names, settings, parts, found)
+            for name, text in ((CARD, card_text(manifest)), (MANIFEST, manifest.to_json())):
+                with whole_file(out / name) as file:
+                    file.write(text.encode())
+    except OSError as error:
+        raise _trouble(error, out, parts) from error
+    return manifest
+
+
+# -- what will be written ---------------------------------------------------------------------------------------------
+
+
+def _check_numbers(shard_rows: int, row_group_rows: int, re_encode: str | None, workers: int | None) -> None:
+    for name, value in (("shard_rows", shard_rows), ("row_group_rows", row_group_rows), ("workers", workers)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: it must be 1 or greater")
+    good = re_encode in (None, "png") or re.fullmatch(r"jpeg:([1-9]\d?|100)", str(re_encode))
+    if not good:
+        raise InputError(f"re_encode is '{re_encode}': it is png, or jpeg:QUALITY with 1 to 100, such as jpeg:95")
+
+
+def _layout_of(domain: str, classes: Sequence[str] | None, id_map: Mapping[int, int] | None) -> RawLayout:
+    if is_custom(domain):
+        return CustomLayout(classes or (), id_map)
+    if classes is not None or id_map is not None:
+        raise InputError(f"domain '{domain}' has its own classes and ids: they are given for 'custom' only")
+    return raw_layout(domain)
+
+
+def _class_names(layout: RawLayout, samples: Mapping[str, Sequence[RawSample]]) -> list[str] | None:
+    """The classes, or None if no sample has a label; within a split either all have one or none."""
+    for split, found in samples.items():
+        if not found:
+            raise InputError(f"split '{split}' has no samples: leave it out")
+        without = [sample for sample in found if sample.label is None]
+        if without and len(without) < len(found):
+            raise InputError(f"split '{split}': {without[0].image} and {len(without) - 1} others have no label")
+        identities = [sample.id for sample in found]
+        if len(set(identities)) < len(identities):
+            twice = next(name for name in identities if identities.count(name) > 1)
+            raise InputError(f"split '{split}': two samples are called '{twice}'")
+    labelled = any(found[0].label is not None for found in samples.values())
+    return list(layout.label_space.classes) if labelled else None
+
+
+def _digest(root: Path, samples: Mapping[str, Sequence[RawSample]]) -> str:
+    """SHA-256 over names, sizes and crops of all raw files; the same wherever ``root`` is."""
+    digest, sizes = hashlib.sha256(), {}
+    for split, found in samples.items():
+        for sample in found:
+            entry: list[Any] = [split, sample.id, sample.crop]
+            for path in (sample.image, sample.label):
+                if path is not None and path not in sizes:
+                    try:
+                        sizes[path] = path.stat().st_size
+                    except OSError as error:
+                        raise InputError(f"raw file {path} cannot be read: {error.strerror}") from error
+                entry += [None, None] if path is None else [os.path.relpath(path, root), sizes[path]]
+            digest.update(json.dumps(entry).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _parts(out: Path, samples: Mapping[str, Sequence[RawSample]], shard_rows: int) -> list[Part]:
+    parts = []
+    for split, found in samples.items():
+        shards = -(-len(found) // shard_rows)
+        for number in range(shards):
+            rows = tuple(found[number * shard_rows : (number + 1) * shard_rows])
+            target = out / f"{split}-{number:05d}-of-{shards:05d}.parquet"
+            parts.append(Part(target, split, rows, rows[0].label is not None))
+    return parts
+
+
+# -- what is there already --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder for this process and its workers; the system lets go of it when they are gone."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        give_up = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > give_up:
+                    raise InputError(f"{out} is being written by another process: wait for it, or stop it") from error
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_folder(out: Path, settings: Mapping[str, Any], parts: Sequence[Part]) -> Manifest | None:
+    """Check that what is there fits, and remove what a killed run left; return the manifest if there is one."""
+    manifest = Manifest.read(out)
+    if manifest is not None:
+        _check_settings(out, manifest.settings, settings)
+    for path in sorted(out.glob("*.parquet")):
+        _check_settings(path, read_facts(path)["settings"], settings)
+    if manifest is None and (out / CARD).exists() and not any(part.target.exists() for part in parts):
+        raise InputError(f"{out} holds a {CARD} and is no prepared data set: choose an empty or new folder")
+    for path in out.glob(".*.tmp"):
+        name = path.name[1 : -len(".tmp")]
+        if _SHARD.fullmatch(name) or path in (temporary_name(out / CARD), temporary_name(out / MANIFEST)):
+            path.unlink()
+    return manifest
+
+
+def _check_settings(where: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for name in asked:
+        if there.get(name) != asked[name]:
+            what = (
+                "raw files of other names or sizes"
+                if name == "raw_files"
+                else f"{name} = {_shown(there.get(name))}, not {_shown(asked[name])}"
+            )
+            raise InputError(f"{where} was made with {what}: give the same again, or choose another folder")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 80 else text[:77] + "…"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+class _Stopped(Exception):
+    """The other processes are asked to give up."""
+
+
+class _Worker:
+    """Writes shards in a process of its own, counting rows where the main process sees them."""
+
+    def __init__(self, job: Job, context: multiprocessing.context.BaseContext) -> None:
+        self._job = job
+        self._rows = context.Value("Q", 0)
+        self._stop = context.Event()
+
+    @property
+    def rows(self) -> int:
+        return self._rows.value
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def row_done(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        with self._rows.get_lock():
+            self._rows.value += 1
+
+    def write(self, part: Part) -> dict[str, Any]:
+        return _finished(part) or write_shard(part, self._job, self.row_done)
+
+
+_worker: _Worker | None = None  # in a worker process, its own
+
+
+def _start_worker(worker: _Worker) -> None:
+    global _worker
+    _worker = worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which stops the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(part: Part) -> dict[str, Any]:
+    return _worker.write(part)
+
+
+def _finished(part: Part) -> dict[str, Any] | None:
+    """The facts of a shard that is there already."""
+    if not part.target.exists():
+        return None
+    facts = read_facts(part.target)
+    del facts["settings"]
+    return facts | {"bytes": part.target.stat().st_size, "sha256": file_sha256(part.target)}
+
+
+def _write_all(parts: Sequence[Part], job: Job, workers: int, progress: bool) -> list[dict[str, Any]]:
+    """Write what is not there yet; return the facts of all shards, in order."""
+    done = sum(len(part.samples) for part in parts if part.target.exists())
+    total = sum(len(part.samples) for part in parts)
+    every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; in a log each is a line
+    with tqdm(
+        total=total, initial=done, desc=job.domain, unit="image", mininterval=every, disable=not progress
+    ) as bar:
+        if workers == 1:
+            return [_finished(part) or write_shard(part, job, bar.update) for part in parts]
+        return _write_in_processes(parts, job, min(workers, len(parts)), bar)
+
+
+def _write_in_processes(parts: Sequence[Part], job: Job, workers: int, bar: tqdm) -> list[dict[str, Any]]:
+    # Not forked from this process, where threads of datasets or a notebook may hold locks that a copy waits for
+    # for ever; a server that has loaded everything once forks each worker.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    worker, done = _Worker(job, context), bar.n
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (worker,))
+    try:
+        futures = [pool.submit(_work, part) for part in parts]
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.update(done + worker.rows - bar.n)
+            for future in finished:
+                future.result()
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process was killed, as the system does when memory runs out: run this again with fewer "
+            "workers; finished shards stay"
+        ) from error
+    finally:
+        worker.stop()
+        pool.shutdown(cancel_futures=True)
+
+
+def _manifest(
+    domain: str,
+    classes: Sequence[str] | None,
+    settings: Mapping[str, Any],
+    parts: Sequence[Part],
+    found: Sequence[Mapping[str, Any]],
+) -> Manifest:
+    splits = {}
+    for split in settings["splits"]:
+        shards = [(part, facts) for part, facts in zip(parts, found, strict=True) if part.split == split]
+        column = {key: [facts[key] for _, facts in shards] for key in shards[0][1]}
+        labelled = column["pixels"][0] is not None
+        splits[split] = Split(
+            rows=sum(column["rows"]),
+            image_bytes=sum(column["image_bytes"]),
+            label_bytes=sum(column["label_bytes"]),
+            smallest=tuple(map(min, zip(*column["smallest"], strict=True))),
+            largest=tuple(map(max, zip(*column["largest"], strict=True))),
+            pixels=tuple(map(sum, zip(*column["pixels"], strict=True))) if labelled else None,
+            ignored_pixels=sum(column["ignored_pixels"]) if labelled else None,
+            shards=tuple(
+                Shard(part.target.name, facts["rows"], facts["bytes"], facts["sha256"]) for part, facts in shards
+            ),
+        )
+    return Manifest(domain, classes and "train_ids", classes and tuple(classes), splits, settings)
+
+
+def _trouble(error: OSError, out: Path, parts: Sequence[Part]) -> InputError:
+    """What to tell about a folder that cannot be written."""
+    if error.errno not in _NO_SPACE:
+        return InputError(f"{error.filename or out} cannot be written: {error.strerror or error}")
+    finished = [part for part in parts if part.target.exists()]
+    rows = sum(len(part.samples) for part in finished)
+    used = sum(part.target.stat().st_size for part in finished)
+    left = sum(len(part.samples) for part in parts) - rows
+    need = f"about {used / rows * left / 2**20:,.0f} MiB more are needed" if rows else "not one shard fits"
+    return InputError(
+        f"the disk of {out} is full ({error.strerror}): {len(finished)} of {len(parts)} shards are finished and stay, "
+        f"{need}; make room and run the same command again"
+    )
