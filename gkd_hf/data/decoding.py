@@ -38,6 +38,7 @@ MAX_PIXELS = 178_956_970
 """Images with more pixels are skipped as decompression bombs (Pillow's own limit for an error)."""
 
 _EXIF_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # the orientations that swap width and height
 # What a PNG's orientation can be kept in. Pillow decodes every pixel to find it, as it may come after them.
 _PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
 _WARNING_FILTERS = threading.Lock()  # they belong to the whole process
@@ -86,10 +87,13 @@ def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image,
     return image, data
 
 
-def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
+def _open(cell: Mapping | bytes | None, column: str, min_size: tuple[int, int] | None = None) -> PIL.Image.Image:
     """Decode a cell completely; raises ``CorruptImage`` with the reason."""
     image, data = _header(cell, column)
     with _damage_is_corrupt(data, column):
+        if min_size is not None and image.format in ("JPEG", "MPO"):
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
+            image.draft(image.mode, min_size[::-1] if turned else min_size)
         image.load()
     return image
 
@@ -105,17 +109,23 @@ def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
     if image.format == "TIFF":  # Pillow turns it while decoding, and already says the turned size or not by version
         return decode_image(cell, "").size
     with _damage_is_corrupt(data, "image"):
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
     return (image.height, image.width) if turned else image.size
 
 
-def decode_image(cell: Mapping | bytes | None, where: str) -> PIL.Image.Image:
+def decode_image(
+    cell: Mapping | bytes | None, where: str, *, min_size: tuple[int, int] | None = None
+) -> PIL.Image.Image:
     """Decode an image cell to an upright RGB image.
+
+    With ``min_size`` = (width, height) of the upright image, a JPEG may come at a half, a quarter or an eighth of its
+    size (sides rounded up), whichever is the smallest that is not below ``min_size`` on either side: its decoder
+    shrinks at less than the cost of the whole image. Other formats keep their size.
 
     The rules are those of the module. Raises ``CorruptImage`` (with ``where`` in no message: the caller reports the
     row) for anything that cannot be decoded, floating-point pixels included.
     """
-    image = _open(cell, "image")
+    image = _open(cell, "image", min_size)
     try:
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)

@@ -15,12 +15,12 @@ import torch
 import torch.utils.data
 
 from gkd_hf.data.bad_rows import row_identity
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
+from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.ordering import OrderedRows
 from gkd_hf.data.shards import count_rows, open_rows
-from gkd_hf.data.transforms import EvaluationTransform
+from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform
 from gkd_hf.errors import InputError
 
 __all__ = [
@@ -101,11 +101,13 @@ class _RowDecoder:
         self._domain = domain
         self._label_map = label_map
 
-    def __call__(self, row: dict) -> tuple[PIL.Image.Image, np.ndarray | None]:
+    def __call__(
+        self, row: dict, min_size: tuple[int, int] | None = None
+    ) -> tuple[PIL.Image.Image, np.ndarray | None]:
         where = f"domain '{self._domain}', row '{row_identity(row)}'"
         if "image" not in row:
             raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
-        image = decode_image(row["image"], where)
+        image = decode_image(row["image"], where, min_size=min_size)
         if self._label_map is None:
             return image, None
         if "label" not in row:
@@ -124,6 +126,16 @@ def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
         if isinstance(feature, datasets.Image) and feature.decode:
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
+
+
+def _scaled(
+    box: tuple[int, int, int, int], size: tuple[int, int], shrunk: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Carry a box in an image of ``size`` over to the same image as a JPEG decoder shrank it."""
+    # By the decoder's own factor, not the sizes' ratio: the last pixel of a side that it rounded up is partly empty.
+    factor = next(f for f in (1, 2, 4, 8) if tuple(-(-side // f) for side in size) == shrunk)
+    left, top, right, bottom = (edge / factor for edge in box)
+    return left, top, right, bottom
 
 
 def _worker() -> tuple[int, int]:
@@ -238,21 +250,29 @@ class SampleStream(torch.utils.data.IterableDataset):
             first = self.start + batch * global_batch + self.rank * self.micro_batch_size
             for index in range(first, first + self.micro_batch_size):
                 ordered.release(index)
-                image, label, reported = self._next_readable(index, ordered, decode, bad)
-                rng = np.random.default_rng([self.seed, index])
-                sample = self.transform(image, rng) if label is None else self.transform(image, rng, label)
+                sample, reported = self._next_readable(index, ordered, decode, bad)
                 yield {**sample, "index": index, "bad_rows": reported}
 
-    @staticmethod
+    def _transformed(self, row: dict, index: int, decode: _RowDecoder) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        if self.label_map is None and isinstance(self.transform, DistillationTransform) and "image" in row:
+            # The crop is drawn first, so that a JPEG is decoded at the least size that serves it.
+            size = image_size(row["image"])
+            box = self.transform.draw_crop(size, rng)
+            image, _ = decode(row, self.transform.needed_size(size, box))
+            return self.transform.crop(image, _scaled(box, size, image.size), rng)
+        image, label = decode(row)
+        return self.transform(image, rng) if label is None else self.transform(image, rng, label)
+
     def _next_readable(
-        index: int, ordered: OrderedRows, decode: _RowDecoder, bad: _BadRows
-    ) -> tuple[PIL.Image.Image, np.ndarray | None, list[dict[str, str]]]:
+        self, index: int, ordered: OrderedRows, decode: _RowDecoder, bad: _BadRows
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
         reported: list[dict[str, str]] = []
         for position in itertools.count(index):
             row = ordered.row(position)
             bad.attempted += 1
             try:
-                return *decode(row), reported
+                return self._transformed(row, index, decode), reported
             except CorruptImage as error:
                 reported.append(bad.add(row, str(error)))
                 bad.check()

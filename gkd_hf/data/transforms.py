@@ -82,7 +82,21 @@ class DistillationTransform:
         self, image: PIL.Image.Image, rng: np.random.Generator, label: np.ndarray | None = None
     ) -> dict[str, torch.Tensor]:
         """Return ``{"pixel_values": float32 3×S×S}``; a label is not used."""
-        box = random_resized_crop_box(image.size, self.crop_scale, self.crop_ratio, rng)
+        return self.crop(image, self.draw_crop(image.size, rng), rng)
+
+    def draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draw (left, top, right, bottom) of the crop of an image of ``size`` = (width, height)."""
+        return random_resized_crop_box(size, self.crop_scale, self.crop_ratio, rng)
+
+    def needed_size(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int]:
+        """Return the least (width, height) of an image of ``size`` at which the crop is not below S×S."""
+        width, height = box[2] - box[0], box[3] - box[1]
+        return math.ceil(size[0] * self.image_size / width), math.ceil(size[1] * self.image_size / height)
+
+    def crop(
+        self, image: PIL.Image.Image, box: tuple[float, float, float, float], rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Do as a call does after drawing the crop: ``box`` in pixels of ``image``, which may be a shrunk one."""
         size = (self.image_size, self.image_size)
         image = image.resize(size, PIL.Image.Resampling.BICUBIC, box=box)
         flip = rng.random() < 0.5

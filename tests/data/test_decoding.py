@@ -124,3 +124,22 @@ def test_a_colour_label_or_none_is_the_users_error():
         decode_label(cell(encode(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))), "row 'x'")
     with pytest.raises(InputError, match="row 'x': the row has no label"):
         decode_label(None, "row 'x'")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_is_shrunk_to_no_less_than_what_is_needed(orientation: int):
+    ramp = np.linspace(0, 255, 203 * 101).reshape(101, 203).astype(np.uint8)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = cell(encode(np.dstack([ramp] * 3), "JPEG", quality=95, exif=exif))
+    whole = decode_image(jpeg, "w")
+    for needed, size in ((40, (51, 26)), (51, (102, 51)), (100, (102, 51)), (102, (203, 101)), (1000, (203, 101))):
+        least = (needed, needed // 2)
+        size, least = (size, least) if orientation == 1 else (size[::-1], least[::-1])
+        shrunk = decode_image(jpeg, "w", min_size=least)
+        assert shrunk.size == size and shrunk.mode == "RGB"
+        reference = whole.resize(size, PIL.Image.Resampling.BOX)
+        assert np.abs(np.asarray(shrunk).astype(int) - np.asarray(reference)).mean() < 6
+    assert decode_image(cell(encode(RAMP)), "w", min_size=(1, 1)).size == (8, 6)
+    with pytest.raises(CorruptImage, match="truncated"):
+        decode_image(cell(jpeg["bytes"][:-400]), "w", min_size=(40, 20))

@@ -139,7 +139,7 @@ def test_resuming_continues_exactly_also_in_the_third_pass(write_folder, start, 
 def test_what_is_skipped_is_not_decoded(write_folder, monkeypatch):
     decoded = []
     plain = streaming.decode_image
-    monkeypatch.setattr(streaming, "decode_image", lambda cell, where: decoded.append(where) or plain(cell, where))
+    monkeypatch.setattr(streaming, "decode_image", lambda *a, **k: decoded.append(a[1]) or plain(*a, **k))
     stream = make_stream(write_folder(make_rows(10)))
     first(stream.shard(1, 0, 1, start=25), 3)
     assert len(decoded) == 3
@@ -307,3 +307,21 @@ def test_a_stream_that_breaks_off_is_told_in_one_line(error, workers):
     reason = " ".join(str(error).split())
     told = f"domain 'city': the data cannot be read on ({reason}); check the shards or the connection"
     assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 0.0), ("JPEG", 0.03)])
+def test_a_jpeg_decoded_for_its_crop_shows_what_the_whole_one_would(write_folder, monkeypatch, kind, tolerance):
+    rows, columns = np.mgrid[:151, :203]
+    picture = np.dstack([columns, rows, rows + columns // 2]).astype(np.uint8)
+    data = encode(picture, kind, **({"quality": 98, "subsampling": 0} if kind == "JPEG" else {}))
+    folder = write_folder(make_rows(4, images=dict.fromkeys(range(4), data)))
+    sizes = []
+    decode = streaming.decode_image
+    monkeypatch.setattr(streaming, "decode_image", lambda *a, **k: sizes.append((i := decode(*a, **k)).size) or i)
+    transform = DistillationTransform(32, (0, 0, 0), (1, 1, 1), rand_augment=False)
+    stream = SampleStream(open_rows(folder, "train"), transform, seed=5, micro_batch_size=1, num_rows=4)
+    whole = decode({"bytes": data, "path": None}, "")
+    for index, sample in zip(range(24), stream, strict=False):
+        expected = transform(whole, np.random.default_rng([5, index]))["pixel_values"]
+        assert (sample["pixel_values"] - expected).abs().max() <= tolerance
+    assert set(sizes) == {(203, 151)} if kind == "PNG" else {(102, 76), (51, 38)} <= set(sizes)
