@@ -252,8 +252,9 @@ def test_mapillary_without_a_usable_configuration(mapillary: Path, content: str)
         raw_layout("mapillary").samples(mapillary, "train")
 
 
-def test_toy_city_has_nothing_to_prepare():
-    with pytest.raises(InputError, match="'toy_city' has no files to prepare"):
-        raw_layout("toy_city")
+def test_domains_without_a_publisher():
+    for domain in ("toy_city", "toy_city:night", "custom"):
+        with pytest.raises(InputError, match=f"'{domain}' is not distributed by anyone; the domains that are: gtav, "):
+            raw_layout(domain)
     with pytest.raises(InputError, match="unknown domain"):
         raw_layout("cityscape")

@@ -1,4 +1,4 @@
-"""Aerial tiles, CamVid, ImageNet and a user's folders as distributed, in small."""
+"""Aerial tiles, CamVid and ImageNet as distributed, in small."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
-from gkd_hf.data.raw_layouts import RawLayout, raw_layout
+from gkd_hf.data.raw_layouts import raw_layout
 from gkd_hf.errors import InputError
 
 from .raw_files import names, photo, save, train_ids
@@ -251,68 +251,3 @@ def test_imagenet(tmp_path: Path):
     (tmp_path / "val/ILSVRC2012_val_00000001.jpg").unlink()
     with pytest.raises(InputError, match=r"no file called \*.jpeg or \*.jpg or \*.png in .*val or below it"):
         layout.samples(tmp_path, "validation")
-
-
-def custom(**settings: object) -> RawLayout:
-    return raw_layout("custom", **settings)
-
-
-def test_custom_folders_are_matched_by_stem(tmp_path: Path):
-    photo(tmp_path / "images/b/two.jpg")
-    photo(tmp_path / "images/one.png")
-    for name in ("two", "one"):
-        save(tmp_path / f"masks/{name}.png", [[10, 20, 0, 255]])
-    assert custom().splits_in(tmp_path) == ("train",)
-    samples = custom().samples(tmp_path, "train")
-    assert names(samples) == ["one", "two"]
-    assert train_ids(custom(), samples[0]) == [10, 20, 0, 255]
-    assert train_ids(custom(num_classes=2, id_map={10: 0, 20: 1, 0: 255}), samples[0]) == [0, 1, 255, 255]
-    with pytest.raises(InputError, match=r"one.png: label value\(s\) 10, 20 are not"):
-        custom(num_classes=2).read_label(samples[0])
-    with pytest.raises(InputError, match="no folder 'test'; its splits are: train"):
-        custom().samples(tmp_path, "test")
-    (tmp_path / "masks/two.png").unlink()
-    with pytest.raises(InputError, match=r"1 image\(s\) without label: .*two.jpg"):
-        custom().samples(tmp_path, "train")
-
-
-def test_custom_folders_tell_equal_names_apart(tmp_path: Path):
-    for folder, value in (("a", 0), ("b", 1)):
-        photo(tmp_path / f"images/{folder}/1.jpg")
-        save(tmp_path / f"masks/{folder}/1.png", [[value]])
-    samples = custom().samples(tmp_path, "train")
-    assert [(sample.id, train_ids(custom(num_classes=2), sample)) for sample in samples] == [
-        ("a/1", [0]),
-        ("b/1", [1]),
-    ]
-    photo(tmp_path / "images/a/1.png")
-    with pytest.raises(InputError, match=r"1.jpg and .*1.png are both called 'a/1'; remove one"):
-        custom().samples(tmp_path, "train")
-
-
-def test_custom_splits(tmp_path: Path):
-    for split in ("train", "val"):
-        photo(tmp_path / f"images/{split}/1.jpg")
-        save(tmp_path / f"masks/{split}/1.png", [[0]])
-    assert custom().splits_in(tmp_path) == ("train", "validation")
-    assert [sample.image.parent.name for sample in custom().samples(tmp_path, "validation")] == ["val"]
-    photo(tmp_path / "images/more/1.jpg")
-    with pytest.raises(InputError, match="beside them more, which belong to no split"):
-        custom().samples(tmp_path, "train")
-
-
-def test_custom_masks_of_16_bits_need_a_map(tmp_path: Path):
-    photo(tmp_path / "images/1.jpg")
-    (tmp_path / "masks").mkdir()
-    PIL.Image.fromarray(np.array([[1000, 7]], dtype=np.uint16)).save(tmp_path / "masks/1.png")
-    (sample,) = custom().samples(tmp_path, "train")
-    assert train_ids(custom(num_classes=2, id_map={1000: 0, 7: 1}), sample) == [0, 1]
-    with pytest.raises(InputError, match="has the value 1000, above 255"):
-        custom().read_label(sample)
-
-
-def test_classes_and_maps_are_for_custom_data():
-    with pytest.raises(InputError, match="'gtav' has its own classes"):
-        raw_layout("gtav", num_classes=2)
-    with pytest.raises(InputError, match="needs the class list"):
-        custom(id_map={0: 0})
