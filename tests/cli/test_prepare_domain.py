@@ -1,0 +1,144 @@
+"""scripts/prepare_domain.py: prepare, verify and push from the command line, and what a full disk does."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+from gkd_hf.data.prepare import prepare, verify
+from gkd_hf.hub import upload
+from tests.hub.server import LoopbackHub
+
+from .conftest import png
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "prepare_domain.py"
+CUSTOM = ("--classes", "left,right", "--id-map", "0:255,7:0,8:1", "--shard-rows", "2", "--workers", "1", "--quiet")
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Six pairs of 128-pixel pictures that take some 50 kB each."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        for kind, values in (("images", (0, 256, (128, 128, 3))), ("masks", (7, 9, (128, 128)))):
+            path = tmp_path / "raw" / kind / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(rng.integers(*values, dtype=np.uint8)))
+    return tmp_path / "raw"
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    spec = importlib.util.spec_from_file_location("prepare_domain_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub that this process's client uses, with a token that may write; its client does not wait."""
+    with LoopbackHub() as running:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, running.url)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", running.write_token)
+        monkeypatch.setattr(upload.time, "sleep", lambda seconds: None)
+        yield running
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_prepare_verify_and_be_told(
+    main: Callable[..., int], raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main("custom", "--root", raw, "--out", out, *CUSTOM, "--verify") == 0
+    assert "6 train images in 3 files" in capsys.readouterr().out
+    (out / "train-00001-of-00003.parquet").write_bytes(b"x")
+    for arguments, told in (
+        (("--verify", "--out", out, "--quiet"), "train-00001-of-00003.parquet has 1 bytes"),
+        (("--out", out), "nothing to do"),
+        (("--root", raw, "--out", out), "no domain"),
+        (("custom", "--root", raw, "--out", out, "--id-map", "7"), "--id-map 7"),
+        (("cityscape", "--root", raw, "--out", out), "did you mean 'cityscapes'?"),
+        (("custom", "--root", raw / "none", "--out", out, "--classes", "a"), "images/ and masks/"),
+    ):
+        assert main(*arguments) == 2
+        said = capsys.readouterr().err
+        assert told in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_push_and_load_back(main: Callable[..., int], raw: Path, tmp_path: Path, hub: LoopbackHub) -> None:
+    out = tmp_path / "out"
+    hub.inject(503, method="POST", path=r"/commit/")
+    for _ in range(2):  # the second time nothing changed
+        assert main("custom", "--root", raw, "--out", out, *CUSTOM, "--push-to-hub", "org/mine") == 0
+    repo = hub.repos["dataset", "org/mine"]
+    assert repo.private and [commit.summary.startswith("Upload") for commit in repo.commits].count(True) == 1
+    pushed = repo.files()
+    assert {name: pushed[name] for name in files(out)} == files(out)
+    # The shards as they came, through datasets' own reading of the card.
+    (tmp_path / "back").mkdir()
+    for name, content in pushed.items():
+        (tmp_path / "back" / name).write_bytes(content)
+    rows = datasets.load_dataset(str(tmp_path / "back"), split="train", streaming=True)
+    found = list(rows)
+    assert [row["id"] for row in found] == [str(number) for number in range(6)]
+    assert found[0]["image"].size == (128, 128) and set(np.unique(found[0]["label"])) == {0, 1}
+    # Other shards take the place of the old ones; another's data set is left alone.
+    shutil.rmtree(out)
+    assert main("custom", "--root", raw, "--out", out, *CUSTOM[:4], "--quiet", "--push-to-hub", "org/mine") == 0
+    assert sorted(name for name in repo.files() if name.endswith("parquet")) == ["train-00000-of-00001.parquet"]
+    hub.add_dataset("org/other", {"data/train-00000-of-00001.parquet": b"x"})
+    assert main("--out", out, "--push-to-hub", "org/other", "--quiet") == 2
+
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=300k tmpfs "$1"
+set +e
+shift_out="$1"; keep="$2"; shift 2
+"$@"; echo "code $?"
+ls -A "$shift_out"
+mount -o remount,size=8m "$shift_out"
+"$@"; echo "code $?"
+cp -r "$shift_out/." "$keep"
+"""
+
+
+def test_a_full_disk_is_one_line_and_goes_on(raw: Path, tmp_path: Path) -> None:
+    allowed = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if sys.platform != "linux" or subprocess.run(allowed, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    kept.mkdir()
+    command = [sys.executable, SCRIPT, "custom", "--root", raw, "--out", small, *CUSTOM]
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", FULL_DISK, "sh", small, kept, *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    errors = done.stderr.splitlines()
+    assert len(errors) == 1 and "is full" in errors[0] and "2 of 3 shards are finished" in errors[0], done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["code 2", "train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
+    assert lines[-1] == "code 0"
+    prepare("custom", raw, tmp_path / "whole", classes=["left", "right"], id_map={0: 255, 7: 0, 8: 1}, shard_rows=2,
+            workers=1, progress=False)  # fmt: skip
+    assert files(kept) == files(tmp_path / "whole") and verify(kept) == []
