@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from gkd_hf.data.prepare import prepare, verify
+from gkd_hf.data.shards import count_rows, open_rows
 from gkd_hf.hub import upload
 from tests.hub.server import LoopbackHub
 
@@ -46,13 +47,18 @@ def main() -> Callable[[list[str]], int]:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     """A Hub that this process's client uses, with a token that may write; its client does not wait."""
     with LoopbackHub() as running:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, running.url)
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
+        monkeypatch.setattr(
+            datasets.config, "HUB_DATASETS_URL", running.url + "/datasets/{repo_id}/resolve/{revision}/{path}"
+        )
         monkeypatch.setenv("HF_TOKEN", running.write_token)
         monkeypatch.setattr(upload.time, "sleep", lambda seconds: None)
         yield running
@@ -91,14 +97,16 @@ def test_push_and_load_back(main: Callable[..., int], raw: Path, tmp_path: Path,
     assert repo.private and [commit.summary.startswith("Upload") for commit in repo.commits].count(True) == 1
     pushed = repo.files()
     assert {name: pushed[name] for name in files(out)} == files(out)
-    # The shards as they came, through datasets' own reading of the card.
-    (tmp_path / "back").mkdir()
-    for name, content in pushed.items():
-        (tmp_path / "back" / name).write_bytes(content)
-    rows = datasets.load_dataset(str(tmp_path / "back"), split="train", streaming=True)
-    found = list(rows)
-    assert [row["id"] for row in found] == [str(number) for number in range(6)]
-    assert found[0]["image"].size == (128, 128) and set(np.unique(found[0]["label"])) == {0, 1}
+    assert count_rows("org/mine", "train") == 6
+    for rows in (
+        datasets.load_dataset("org/mine", split="train", cache_dir=str(tmp_path / "cache")),
+        datasets.load_dataset("org/mine", split="train", streaming=True),
+    ):
+        found = list(rows)
+        assert [row["id"] for row in found] == [str(number) for number in range(6)]
+        assert found[0]["image"].size == (128, 128) and set(np.unique(found[0]["label"])) == {0, 1}
+    cells = [row["image"]["bytes"] for row in open_rows("org/mine", "train")]
+    assert cells == [(raw / "images" / f"{number}.png").read_bytes() for number in range(6)]
     # Other shards take the place of the old ones; another's data set is left alone.
     shutil.rmtree(out)
     assert main("custom", "--root", raw, "--out", out, *CUSTOM[:4], "--quiet", "--push-to-hub", "org/mine") == 0
@@ -108,15 +116,16 @@ def test_push_and_load_back(main: Callable[..., int], raw: Path, tmp_path: Path,
 
 
 FULL_DISK = """
-set -e
-mount -t tmpfs -o size=300k tmpfs "$1"
-set +e
-shift_out="$1"; keep="$2"; shift 2
-"$@"; echo "code $?"
-ls -A "$shift_out"
-mount -o remount,size=8m "$shift_out"
-"$@"; echo "code $?"
-cp -r "$shift_out/." "$keep"
+import importlib.util, os, shutil, subprocess, sys
+script, out, kept, *arguments = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", out], check=True)
+spec = importlib.util.spec_from_file_location("prepare_domain_script", script)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("code", module.main(arguments), *sorted(os.listdir(out)))
+subprocess.run(["mount", "-o", "remount,size=8m", out], check=True)
+print("code", module.main(arguments))
+shutil.copytree(out, kept)
 """
 
 
@@ -126,19 +135,18 @@ def test_a_full_disk_is_one_line_and_goes_on(raw: Path, tmp_path: Path) -> None:
         pytest.skip("a file system cannot be mounted here")
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
-    kept.mkdir()
-    command = [sys.executable, SCRIPT, "custom", "--root", raw, "--out", small, *CUSTOM]
     done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", FULL_DISK, "sh", small, kept, *command],
+        ["unshare", "--mount", "--map-root-user", sys.executable, "-c", FULL_DISK, SCRIPT, small, kept]
+        + ["custom", "--root", raw, "--out", small, *CUSTOM],
         capture_output=True,
         text=True,
         timeout=100,
+        cwd=ROOT,
     )
     errors = done.stderr.splitlines()
     assert len(errors) == 1 and "is full" in errors[0] and "2 of 3 shards are finished" in errors[0], done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[:3] == ["code 2", "train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
-    assert lines[-1] == "code 0"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("code")]
+    assert lines == ["code 2 train-00000-of-00003.parquet train-00001-of-00003.parquet", "code 0"]
     prepare("custom", raw, tmp_path / "whole", classes=["left", "right"], id_map={0: 255, 7: 0, 8: 1}, shard_rows=2,
             workers=1, progress=False)  # fmt: skip
     assert files(kept) == files(tmp_path / "whole") and verify(kept) == []
