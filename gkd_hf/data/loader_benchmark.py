@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
-import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from gkd_hf.data.decoding import decode_image, decode_label
 from gkd_hf.data.label_maps import LabelMap
@@ -96,27 +95,41 @@ def write_pairs(pairs: Iterator[tuple[np.ndarray, np.ndarray]], folder: str) -> 
     pq.write_table(table, f"{folder}/train-00000-of-00001.parquet", row_group_size=16)
 
 
-def _timed(dataset: Dataset | IterableDataset, settings: LoaderSettings, **loading: object) -> tuple[float, float]:
+class _Clocked:
+    """Collates and adds the worker's number and the processor seconds that it has used."""
+
+    def __init__(self, collate_samples: Callable[[list], object]) -> None:
+        self._collate = collate_samples
+
+    def __call__(self, samples: list) -> tuple[object, int, float]:
+        batch = self._collate(samples)
+        return batch, get_worker_info().id, time.process_time()
+
+
+def _timed(
+    dataset: Dataset | IterableDataset, collate_samples: Callable[[list], object], settings: LoaderSettings
+) -> tuple[float, float]:
     """Images per second once the workers run, and processor milliseconds of the workers per image."""
-    batches, began_cpu = settings.images // settings.batch_size, _children_seconds()
-    loader = iter(DataLoader(dataset, settings.batch_size, num_workers=settings.workers, prefetch_factor=2, **loading))
-    warm = 2 * settings.workers
-    for _ in range(warm):
-        next(loader)
-    began = time.perf_counter()
+    loader = iter(
+        DataLoader(
+            dataset,
+            settings.batch_size,
+            num_workers=settings.workers,
+            prefetch_factor=2,
+            collate_fn=_Clocked(collate_samples),
+        )
+    )
+    clocks: dict[int, float] = {}
+    for _ in range(2 * settings.workers):  # starting and the first rows are not counted
+        _, worker, clock = next(loader)
+        clocks[worker] = clock
+    batches, used, began = settings.images // settings.batch_size, 0.0, time.perf_counter()
     for _ in range(batches):
-        next(loader)
-    rate = batches * settings.batch_size / (time.perf_counter() - began)
-    del loader  # ends the workers, whose processor time is known only then
-    made = settings.batch_size * (
-        warm + batches + settings.workers / 2
-    )  # a worker's last batch is half done on average
-    return rate, 1000 * (_children_seconds() - began_cpu) / made
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        _, worker, clock = next(loader)
+        used += clock - clocks[worker]
+        clocks[worker] = clock
+    images = batches * settings.batch_size
+    return images / (time.perf_counter() - began), 1000 * used / images
 
 
 def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettings) -> dict:
@@ -132,21 +145,21 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
     plain = DistillationTransform(size, _MEAN, _STD, rand_augment=False, erase_probability=0.0)
     labels = {"label_map": label_map}
     streams = {
-        "bare_decode": (_BareDecoding(pictures, length), {}),
-        "stage1_crop_flip": (SampleStream(rows, plain, **common), {"collate_fn": collate}),
+        "bare_decode": (_BareDecoding(pictures, length), default_collate),
+        "stage1_crop_flip": (SampleStream(rows, plain, **common), collate),
         "stage1_full": (
             SampleStream(rows, DistillationTransform(size, _MEAN, _STD), **common),
-            {"collate_fn": collate},
+            collate,
         ),
         "stage2": (
             SampleStream(rows, SegmentationTransform(settings.stage2_size, _MEAN, _STD), **common, **labels),
-            {"collate_fn": collate},
+            collate,
         ),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
     for turn in range(settings.rounds):
-        for name, (dataset, loading) in streams.items():
-            found[name].append(_timed(dataset, settings, **loading))
+        for name, (dataset, collate_samples) in streams.items():
+            found[name].append(_timed(dataset, collate_samples, settings))
             rate, cpu = found[name][-1]
             print(f"round {turn + 1}  {name:17s} {rate:7.1f} images/s  {cpu:6.2f} cpu ms/image", flush=True)
     rates = {name: max(rate for rate, _ in turns) for name, turns in found.items()}
