@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import multiprocessing
@@ -262,3 +263,13 @@ def test_an_imagenet_like_set_has_no_labels(tmp_path: Path) -> None:
     rows = list(open_rows(tmp_path / "out", "train", columns=("image",)))
     assert [row["image"]["bytes"] for row in rows] == [row_image(number) for number in range(3)]
     assert "There are no labels" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_folder_in_use_is_refused(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    held = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr("gkd_hf.data.prepare._LOCK_SECONDS", 0.0)
+    assert "another process" in _refusal(prepare, "custom", raw, tmp_path / "out", **settings())
+    os.close(held)
+    assert prepare("custom", raw, tmp_path / "out", **settings()).splits["train"].rows == 9
