@@ -104,12 +104,12 @@ class _RowDecoder:
     def __call__(
         self, row: dict, min_size: tuple[int, int] | None = None
     ) -> tuple[PIL.Image.Image, np.ndarray | None]:
-        where = f"domain '{self._domain}', row '{row_identity(row)}'"
         if "image" not in row:
             raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
-        image = decode_image(row["image"], where, min_size=min_size)
+        image = decode_image(row["image"], f"domain '{self._domain}'", min_size=min_size)
         if self._label_map is None:
             return image, None
+        where = f"domain '{self._domain}', row '{row_identity(row)}'"  # which may hash all bytes of the image
         if "label" not in row:
             raise InputError(f"domain '{self._domain}': no column 'label' (columns present: {', '.join(row)})")
         label = decode_label(row["label"], where)
