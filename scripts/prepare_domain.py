@@ -103,16 +103,16 @@ def _id_map(given: str | None) -> dict[int, int] | None:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 2 where something is wrong, 130 after Ctrl-C."""
     arguments = parse(argv)
-    from gkd_hf.errors import InputError
-
     try:
+        from gkd_hf.errors import InputError
+
         run(arguments)
+    except KeyboardInterrupt:  # before the other, which may not be imported yet
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 
