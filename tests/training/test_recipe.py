@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gkd_hf.data.manifest import Manifest
 from gkd_hf.errors import InputError
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
@@ -310,3 +311,16 @@ def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(tmp_path: Path)
         False,
         True,
     ]
+
+
+def test_labels_of_a_prepared_folder_are_train_ids_already(tmp_path: Path) -> None:
+    folder = tmp_path / "cityscapes"
+    folder.mkdir()
+    changes = [f"data.roots.{name}={folder}" for name in ("imagenet", "cityscapes")]
+    changes += [f"data.roots.acdc_{name}={folder}" for name in ("night", "snow", "fog", "rain")]
+    recipe = load_recipe(ROOT / "scripts/recipes/cityscapes_dinov2b_deits.yaml", changes)
+    assert RecipeData(recipe).label_map("cityscapes").name == "cityscapes"
+    (folder / "manifest.json").write_text(Manifest("cityscapes", "train_ids", ("road",), {}, {}).to_json())
+    assert RecipeData(recipe).label_map("cityscapes").name == "identity"
+    recipe.data.label_maps["cityscapes"] = "gtav"
+    assert RecipeData(recipe).label_map("cityscapes").name == "gtav"
