@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,10 @@ class RecipeData:
         settings = self.recipe.data.toy_city
         for use in self.uses():
             if is_rendered(self.recipe, use.domain):
+                if not progress:
+                    print(
+                        f"[data] rendering {use.domain} ({use.split}) unless it is there", file=sys.stderr, flush=True
+                    )
                 write_shards(
                     self.location(use.domain),
                     toy_city_style(use.domain),
