@@ -59,7 +59,19 @@ class _ConvolutionalAdapter(_HierarchicalAdapter):
         """Pick all stage maps but the last, finest first, from the model's hidden states."""
 
 
-class ResNetAdapter(_ConvolutionalAdapter):
+class _StagedAdapter(_ConvolutionalAdapter):
+    """Convolutional encoders whose configuration lists the channels of every stage."""
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_sizes[-1]
+
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        return tuple(self.config.hidden_sizes)
+
+
+class ResNetAdapter(_StagedAdapter):
     """ResNet with any number of stages."""
 
     model_class = ResNetModel
@@ -71,14 +83,6 @@ class ResNetAdapter(_ConvolutionalAdapter):
                 f"resnet needs as many depths as hidden_sizes, got {list(config.depths)} and "
                 f"{list(config.hidden_sizes)}"
             )
-
-    @property
-    def width(self) -> int:
-        return self.config.hidden_sizes[-1]
-
-    @property
-    def map_channels(self) -> tuple[int, ...]:
-        return tuple(self.config.hidden_sizes)
 
     @property
     def map_strides(self) -> tuple[int, ...]:
@@ -133,7 +137,7 @@ class MobileNetV2Adapter(_ConvolutionalAdapter):
         return tuple(hidden_states[block] for block in self.map_blocks)
 
 
-class ConvNextAdapter(_ConvolutionalAdapter):
+class ConvNextAdapter(_StagedAdapter):
     """ConvNeXt with any number of stages.
 
     Its final norm belongs to the pooled features, which is what the class token is (``pooler_output``); the tokens
@@ -149,14 +153,6 @@ class ConvNextAdapter(_ConvolutionalAdapter):
                 f"convnext needs num_stages ({config.num_stages}) depths and hidden_sizes, got {list(config.depths)} "
                 f"and {list(config.hidden_sizes)}"
             )
-
-    @property
-    def width(self) -> int:
-        return self.config.hidden_sizes[-1]
-
-    @property
-    def map_channels(self) -> tuple[int, ...]:
-        return tuple(self.config.hidden_sizes)
 
     @property
     def map_strides(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,7 @@ class NonFiniteLossError(InputError):
     """The loss or the weights are no longer finite numbers; the message names step, terms and last good checkpoint."""
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(Trainer, ABC):
     """A `Trainer` for endless streams.
 
     - A `SampleStream` is cut for this process here and read as it is: Accelerate would shard it a second time.
@@ -164,9 +165,9 @@ class StreamTrainer(Trainer):
 
     # -- for others ---------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
         """Write the trained model to a folder as it goes to the Hub, and tell the facts of it."""
-        raise NotImplementedError
 
     def card_settings(self) -> dict[str, Any]:
         """What a card can tell without a recipe, in a recipe's keys."""
