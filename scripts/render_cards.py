@@ -24,7 +24,7 @@ def recipe_card(path: Path) -> str:
     """The card that a run of this recipe would publish, without a run."""
     from gkd_hf.hub.model_card import GKDModelCard, RepoNames
     from gkd_hf.hub.run_facts import RunFacts
-    from gkd_hf.training.recipe import load_recipe
+    from gkd_hf.training.recipe_file import load_recipe
 
     # A recipe may leave its teacher to the user.
     overrides = ["teacher.name=YOUR_TEACHER"] if 'name: "???"' in path.read_text(encoding="utf-8") else []

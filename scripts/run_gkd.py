@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for wrong input."""
     arguments = parse(argv)
     from gkd_hf.errors import InputError
-    from gkd_hf.training.recipe import load_recipe
+    from gkd_hf.training.recipe_file import load_recipe
 
     try:
         recipe = load_recipe(arguments.recipe or QUICKSTART, arguments.overrides)

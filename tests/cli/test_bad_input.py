@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.training import label_check
-from gkd_hf.training.recipe import load_recipe
 from gkd_hf.training.recipe_data import RecipeData
+from gkd_hf.training.recipe_file import load_recipe
 from tests.cli.conftest import SIZE, good_rows, png, write_shard
 from tests.tiny import ENCODERS
 

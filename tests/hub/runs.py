@@ -14,7 +14,7 @@ from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_
 from gkd_hf.hub.push import write_cards
 from gkd_hf.hub.run_facts import RunFacts, StageFacts
 from gkd_hf.training.artefacts import write_encoder, write_segmenter
-from gkd_hf.training.recipe import load_recipe
+from gkd_hf.training.recipe_file import load_recipe
 from tests.tiny import ENCODERS
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from gkd_hf.hub.model_card import ARXIV, TEMPLATE, GKDModelCard, RepoNames
 from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.push import write_cards
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, command_line, shortened
-from gkd_hf.training.recipe import load_recipe
+from gkd_hf.training.recipe_file import load_recipe
 from tests.hub.runs import ROOT, finished_run, invented_image, report_of
 from tests.hub.server import LoopbackHub
 from tests.tiny import MASK2FORMER

@@ -46,7 +46,7 @@ def rows(source, split="train", **settings):
 
 def pipeline(path):
     from gkd_hf.training.pipeline import Pipeline, new_student
-    from gkd_hf.training.recipe import load_recipe
+    from gkd_hf.training.recipe_file import load_recipe
     from gkd_hf.training.recipe_data import DataUse
     recipe = load_recipe(path)
     run = Pipeline(recipe)

@@ -16,8 +16,9 @@ from gkd_hf.data.manifest import Manifest
 from gkd_hf.errors import InputError
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
-from gkd_hf.training.recipe import load_recipe, recipe_domain
+from gkd_hf.training.recipe import recipe_domain
 from gkd_hf.training.recipe_data import RecipeData, distinct_colours, is_rendered
+from gkd_hf.training.recipe_file import load_recipe
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
 ROOT = Path(__file__).parents[2]

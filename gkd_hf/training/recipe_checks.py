@@ -1,0 +1,173 @@
+"""Everything about a recipe that can be told to be wrong from the recipe alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from gkd_hf.errors import InputError, nearest
+from gkd_hf.hub.model_card import segmenter_repo
+from gkd_hf.models.configuration_gkd import DECODE_HEADS
+from gkd_hf.teacher import GEOMETRIES
+from gkd_hf.training.recipe import (
+    BASELINES,
+    MAX_SEED,
+    METHODS,
+    PRECISIONS,
+    DistillationRecipe,
+    Recipe,
+    StageRecipe,
+    TaskRecipe,
+    recipe_domain,
+)
+
+
+def check_recipe(recipe: Recipe, origin: str) -> None:
+    """Raise `InputError` for the first thing that is wrong; `origin` names the recipe in the message."""
+
+    def one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
+        if value not in known:
+            hint = nearest(value, known)
+            raise InputError(f"{origin}: {key} is {value!r}{hint} (available: {', '.join(known)})")
+
+    def known_domain(key: str, name: str) -> None:
+        try:
+            recipe_domain(name)
+        except InputError as error:
+            raise InputError(f"{origin}: {key}: {error}") from error
+
+    one_of("method", recipe.method, METHODS)
+    for name in recipe.baselines:
+        one_of("baselines", name, BASELINES)
+    for key, names in (
+        ("evaluate", recipe.evaluate),
+        ("baselines", recipe.baselines),
+        ("data.classes", recipe.data.classes),
+    ):
+        if len(set(names)) < len(names):
+            raise InputError(f"{origin}: {key} names the same entry twice: {', '.join(names)}")
+    for key, names in (
+        ("evaluate", recipe.evaluate),
+        ("data.roots", recipe.data.roots),
+        ("data.revisions", recipe.data.revisions),
+        ("data.label_maps", recipe.data.label_maps),
+    ):
+        for name in names:
+            known_domain(key, name)
+    if not isinstance(recipe.student.encoder, str | Mapping):
+        raise InputError(f"{origin}: student.encoder is {recipe.student.encoder!r}: give a Hub id, folder or mapping")
+    _check_hub(recipe, origin)
+    stages = dict(recipe.stages)
+    if not stages:
+        raise InputError(f"{origin}: no stage is given (task_agnostic, domain_agnostic, task)")
+    if recipe.teacher is not None:
+        one_of("teacher.geometry", recipe.teacher.geometry, GEOMETRIES)
+    elif any(recipe.stages.distillation()):
+        raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
+    if recipe.stages.task is None and (recipe.evaluate or recipe.baselines):
+        raise InputError(f"{origin}: evaluate and baselines need stages.task: without it no segmenter is trained")
+    for name, stage in stages.items():
+        _check_stage(f"stages.{name}", stage, origin, one_of, known_domain)
+    _check_numbers("data.toy_city", recipe.data.toy_city, origin)
+    if not 0 <= recipe.seed <= MAX_SEED:
+        raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
+
+
+def _check_hub(recipe: Recipe, origin: str) -> None:
+    """What is published must have a name, and only what is on the Hub has revisions."""
+    student, teacher = recipe.student, recipe.teacher
+    pinned = [("student.revision", student.encoder, student.revision)]
+    pinned += [("teacher.revision", teacher.name, teacher.revision)] if teacher is not None else []
+    for name, revision in recipe.data.revisions.items():
+        if name not in recipe.data.roots:
+            raise InputError(f"{origin}: data.revisions.{name} is given, but data.roots.{name} is not: add the Hub id")
+        pinned.append((f"data.revisions.{name}", recipe.data.roots[name], revision))
+    for key, source, revision in pinned:
+        if revision is None:
+            continue
+        if not revision.strip():
+            raise InputError(f"{origin}: {key} is empty: give a commit, tag or branch, or leave it out")
+        if not isinstance(source, str) or source == "toy" or os.path.isdir(os.path.expanduser(source)):
+            what = f"'{source}' is a folder here" if isinstance(source, str) else "the encoder is given by its fields"
+            what = "'toy' ships with the package" if source == "toy" else what
+            raise InputError(f"{origin}: {key} is '{revision}', but {what}: only Hub ids have revisions, leave it out")
+    repo_id, task = recipe.hub.repo_id, recipe.stages.task
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+            valid, why = "/" in repo_id, ""
+        except HFValidationError as error:
+            valid, why = False, f" ({str(error).strip().splitlines()[0]})"
+        if not valid:
+            raise InputError(f"{origin}: hub.repo_id is '{repo_id}': give org/name, for example my-org/gkd-x{why}")
+        if task is not None:
+            try:
+                validate_repo_id(segmenter_repo(repo_id, task.data))
+            except HFValidationError as error:
+                raise InputError(
+                    f"{origin}: hub.repo_id is '{repo_id}' and stages.task.data '{task.data}', so the segmenter would "
+                    f"be '{segmenter_repo(repo_id, task.data)}': choose a shorter or plainer name for one of them "
+                    f"({str(error).strip().splitlines()[0]})"
+                ) from error
+    if recipe.hub.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", recipe.hub.license):
+        raise InputError(
+            f"{origin}: hub.license is '{recipe.hub.license}': give the Hub's id of a licence, such as apache-2.0 or "
+            "cc-by-nc-4.0 (see https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+
+
+def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_domain: Any) -> None:
+    known_domain(f"{key}.data", stage.data)
+    one_of(f"{key}.precision", stage.precision, PRECISIONS)
+    _check_numbers(key, stage, origin)
+    if (stage.epochs is None) == (stage.max_steps is None):
+        given = "neither is given" if stage.epochs is None else f"both are given (set {key}.epochs=null, or the other)"
+        raise InputError(f"{origin}: {key} needs either epochs or max_steps, {given}")
+    if stage.patch_size is not None and stage.image_size % stage.patch_size:
+        best = max(1, round(stage.image_size / stage.patch_size)) * stage.patch_size
+        raise InputError(
+            f"{origin}: {key}.image_size {stage.image_size} is not a multiple of the patch size {stage.patch_size}; "
+            f"the nearest that is: {best}"
+        )
+    if isinstance(stage, DistillationRecipe) and (
+        len(stage.crop_scale) != 2 or not 0 < stage.crop_scale[0] <= stage.crop_scale[1] <= 1
+    ):
+        raise InputError(f"{origin}: {key}.crop_scale is {stage.crop_scale}: give [smallest, largest] within (0, 1]")
+    if isinstance(stage, TaskRecipe):
+        head = stage.decode_head
+        one_of(f"{key}.decode_head", head.get("type") if isinstance(head, Mapping) else head, DECODE_HEADS)
+        sides = stage.short_sides
+        if sides is not None and (not sides or min(sides) < 1):
+            raise InputError(f"{origin}: {key}.short_sides is {sides}: give lengths of 1 pixel or more, or null")
+
+
+_AT_LEAST_ZERO = {
+    "workers",
+    "seed",
+    "query_warmup_steps",
+    "weight_decay",
+    "token_weight",
+    "feature_weight",
+    "patch_weight",
+}
+_FRACTIONS = {"mask_probability", "mask_ratio", "erase_probability", "max_class_fraction"}
+
+
+def _check_numbers(key: str, section: Any, origin: str) -> None:
+    for name, value in dataclasses.asdict(section).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name in _FRACTIONS:
+            valid, wanted = 0 <= value <= 1, "between 0 and 1"
+        elif name in _AT_LEAST_ZERO:
+            valid, wanted = value >= 0, "0 or more"
+        else:
+            valid, wanted = value > 0, "more than 0"
+        if not valid:
+            raise InputError(f"{origin}: {key}.{name} is {value}: it must be {wanted}")

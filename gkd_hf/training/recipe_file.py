@@ -1,0 +1,145 @@
+"""Reading a recipe: a YAML file and `key.sub=value` overrides, checked against the keys and types of `Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from gkd_hf.errors import InputError, nearest
+from gkd_hf.training.recipe import (
+    DataRecipe,
+    DistillationRecipe,
+    HubRecipe,
+    Recipe,
+    StagesRecipe,
+    StudentRecipe,
+    TaskRecipe,
+    TeacherRecipe,
+    ToyCityRecipe,
+    canonical_name,
+)
+from gkd_hf.training.recipe_checks import check_recipe
+
+# A mapping given for one of these replaces the recipe's: fields of two architectures or heads do not mix.
+_TAKEN_WHOLE = ("student.encoder", "stages.task.decode_head")
+
+_SECTIONS: dict[type, dict[str, type]] = {
+    Recipe: {
+        "student": StudentRecipe,
+        "teacher": TeacherRecipe,
+        "stages": StagesRecipe,
+        "data": DataRecipe,
+        "hub": HubRecipe,
+    },
+    StagesRecipe: {"task_agnostic": DistillationRecipe, "domain_agnostic": DistillationRecipe, "task": TaskRecipe},
+    DataRecipe: {"toy_city": ToyCityRecipe},
+}
+
+
+def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: a YAML file; None starts from nothing but the defaults.
+        overrides: `key.sub=value`, value in YAML; `stages.task_agnostic=null` leaves a stage out.
+
+    Raises:
+        InputError: unreadable file, unknown key, wrong type or value; the message says where and what is possible.
+    """
+    origin = f"recipe '{os.fspath(path)}'" if path is not None else "recipe"
+    merged = OmegaConf.structured(Recipe)
+    if path is not None:
+        merged = _merge(merged, _read(Path(path)), origin)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"override '{override}' is not of the form key.sub=value")
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise InputError(f"override '{override}' cannot be read: {_first_line(error)}") from error
+        if key in _TAKEN_WHOLE or key.startswith("data.label_maps."):
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{key}=null"]))
+        merged = _merge(merged, parsed, f"override '{override}'")
+    try:
+        _no_missing_keys(merged, origin)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{origin}: {_first_line(error)}") from error
+    _use_canonical_names(recipe)
+    check_recipe(recipe, origin)
+    return recipe
+
+
+def _use_canonical_names(recipe: Recipe) -> None:
+    for _, stage in recipe.stages:
+        stage.data = canonical_name(stage.data)
+    recipe.evaluate = [canonical_name(name) for name in recipe.evaluate]
+    recipe.data.roots = {canonical_name(name): root for name, root in recipe.data.roots.items()}
+    recipe.data.revisions = {canonical_name(name): given for name, given in recipe.data.revisions.items()}
+    recipe.data.label_maps = {canonical_name(name): given for name, given in recipe.data.label_maps.items()}
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        siblings = sorted(each.name for each in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or (f"; that folder has: {', '.join(siblings)}" if siblings else "")
+        raise InputError(f"recipe '{path}' does not exist{hint}")
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"recipe '{path}' is not readable YAML: {text}") from error
+    if not isinstance(content, DictConfig):
+        raise InputError(f"recipe '{path}' must be a mapping of keys (student, teacher, stages, …), not a list")
+    return content
+
+
+def _merge(recipe: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
+    _no_unknown_keys(OmegaConf.to_container(changes), Recipe, "", origin)
+    try:
+        return OmegaConf.merge(recipe, changes)
+    except ValidationError as error:
+        what = _first_line(error)
+        if "not a ListConfig" in what:
+            what = "a list is needed there, such as [a, b]"
+        raise InputError(f"{origin}: key {error.full_key}: {what}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{origin}: {_first_line(error)}") from error
+
+
+def _no_unknown_keys(values: Any, section: type, where: str, origin: str) -> None:
+    """OmegaConf also refuses unknown keys, but only this can name the key that was meant."""
+    if values is None or isinstance(values, str) and values.startswith("${"):
+        return
+    if not isinstance(values, Mapping):
+        raise InputError(f"{origin}: '{where}' must be a mapping of keys, not {values!r}")
+    known = [entry.name for entry in dataclasses.fields(section)]
+    for key, value in values.items():
+        if key not in known:
+            full = f"{where}.{key}" if where else str(key)
+            hint = nearest(key, known) or f"; known there: {', '.join(known)}"
+            raise InputError(f"{origin}: unknown key '{full}'{hint}")
+        inner = _SECTIONS.get(section, {}).get(key)
+        if inner is not None:
+            _no_unknown_keys(value, inner, f"{where}.{key}" if where else key, origin)
+
+
+def _no_missing_keys(merged: DictConfig, origin: str) -> None:
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise InputError(
+            f"{origin}: nothing is given for {', '.join(missing)}: add it to the file, or as an override "
+            f"{missing[0]}=VALUE"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
