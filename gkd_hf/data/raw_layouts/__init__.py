@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gkd_hf.data.domains import domain as known_domain
 from gkd_hf.data.raw_layouts.acdc import ACDC
-from gkd_hf.data.raw_layouts.base import RawLayout, RawSample
+from gkd_hf.data.raw_layouts.base import BadSample, RawLayout, RawSample
 from gkd_hf.data.raw_layouts.bdd100k import BDD100K
 from gkd_hf.data.raw_layouts.camvid import CamVid
 from gkd_hf.data.raw_layouts.cityscapes import Cityscapes
@@ -16,7 +16,7 @@ from gkd_hf.data.raw_layouts.synthia import Synthia
 from gkd_hf.data.raw_layouts.urbansyn import UrbanSyn
 from gkd_hf.errors import InputError
 
-__all__ = ["RAW_LAYOUTS", "RawLayout", "RawSample", "raw_layout"]
+__all__ = ["RAW_LAYOUTS", "BadSample", "RawLayout", "RawSample", "raw_layout"]
 
 RAW_LAYOUTS: dict[str, RawLayout] = {
     layout.domain: layout

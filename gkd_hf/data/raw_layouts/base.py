@@ -17,6 +17,23 @@ from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.errors import InputError
 
 _NAMED_FILES = 3  # so many file names make an error clear; more would hide it
+_NAMED_VALUES = 10
+
+
+class BadSample(InputError):
+    """What is wrong is one sample's own content, such as a damaged file or a label value that nobody defined.
+
+    Attributes:
+        reason: for lists of such samples: the column, a colon and what is wrong with it, without the file's name;
+            what differs between samples of one reason stands in parentheses.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)  # both, or it could not leave a worker process
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -65,17 +82,29 @@ class RawLayout(ABC):
     def read_image(self, sample: RawSample) -> tuple[bytes, str]:
         """Return the bytes of a sample's image and the suffix of its format, such as ``.jpg``.
 
-        They are the file's own bytes, unless the sample is a crop. Raises ``InputError`` for an unreadable file.
+        They are the file's own bytes, unless the sample is a crop. Raises ``InputError`` for an unreadable file, and
+        ``BadSample`` for a crop of a damaged one; damage to a file that is not decoded stays unseen.
         """
         return file_bytes(sample.image), sample.image.suffix.lower()
 
     def read_label(self, sample: RawSample) -> np.ndarray:
         """Return a sample's train ids, H×W uint8, 255 = ignore.
 
-        Raises ``InputError`` naming the file for an unreadable one, and its values that the data set does not define.
+        Raises ``BadSample`` for values that the data set does not define, and as `read_stored`.
         """
         path = self.label_of(sample)
-        return self.train_ids.apply(stored_ids(path), str(path))
+        return mapped(self.id_map(sample), self.read_stored(sample), path)
+
+    def read_stored(self, sample: RawSample) -> np.ndarray:
+        """Return a sample's label in the data set's own ids, H×W integers.
+
+        Raises ``InputError`` for a file that is missing or cannot be read, ``BadSample`` for one that is damaged.
+        """
+        return stored_ids(self.label_of(sample))
+
+    def id_map(self, sample: RawSample) -> LabelMap:
+        """Return the map from what `read_stored` gives to train ids."""
+        return self.train_ids
 
     @functools.cached_property
     def train_ids(self) -> LabelMap:
@@ -185,38 +214,59 @@ def file_bytes(path: Path) -> bytes:
 def stored_ids(path: Path) -> np.ndarray:
     """Return a label file's own ids, H×W (uint8, uint16 or int32); a palette image gives its indices.
 
-    Raises ``InputError`` for an unreadable file and for one that stores colours.
+    Raises ``InputError`` for a file that cannot be read, ``BadSample`` for one that is damaged or stores colours.
     """
+    data = file_bytes(path)
     try:
-        return decode_label(file_bytes(path), str(path))
+        return decode_label(data, str(path))
     except CorruptImage as error:
-        raise InputError(f"{path}: {error}; download the file again") from error
+        raise BadSample(f"{path}: {error}; download the file again", str(error)) from error
+    except InputError as error:
+        raise BadSample(str(error), "label: colours in place of ids") from error
 
 
-def rgb_image(path: Path) -> PIL.Image.Image:
-    """Return a file as an upright RGB image; raises ``InputError`` for an unreadable one."""
+def rgb_image(path: Path, column: str = "image") -> PIL.Image.Image:
+    """Return a file of ``column`` (image, label) as an upright RGB image; raises as `stored_ids`."""
+    data = file_bytes(path)
     try:
-        return decode_image(file_bytes(path), str(path))
+        return decode_image(data, str(path))
     except CorruptImage as error:
-        raise InputError(f"{path}: {error}; download the file again") from error
+        reason = column + str(error).removeprefix("image")
+        raise BadSample(f"{path}: {reason}; download the file again", reason) from error
+
+
+def mapped(ids: LabelMap, stored: np.ndarray, path: Path) -> np.ndarray:
+    """Return the train ids (uint8) of stored ones; raises ``BadSample`` naming ``path`` and the values not listed."""
+    try:
+        return ids.apply(stored, str(path))
+    except InputError as error:
+        listed = set(np.flatnonzero(ids.known).tolist())
+        strange = [str(value) for value in np.unique(stored).tolist() if value not in listed]
+        raise BadSample(str(error), f"label: values outside the map ({_shortened(strange)})") from error
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image file; raises ``InputError`` for an unreadable one."""
-    try:
-        with PIL.Image.open(path) as image:
-            return image.size
-    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged files
-        raise InputError(f"{path} is not a readable image ({error}); download it again") from error
+    """Return (width, height) of an image file; raises as `stored_ids`."""
+    return _header(path, "image").size
 
 
 def is_colour_coded(path: Path) -> bool:
-    """Return whether a label file stores colours and not one id for each pixel; raises ``InputError`` as above."""
+    """Return whether a label file stores colours and not one id for each pixel; raises as `stored_ids`."""
+    return _header(path, "label").mode in ("RGB", "RGBA")
+
+
+def _header(path: Path, column: str) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
-            return image.mode in ("RGB", "RGBA")
-    except Exception as error:  # see size_of
-        raise InputError(f"{path} is not a readable image ({error}); download it again") from error
+            return image
+    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{path} cannot be read ({error.strerror}); download it again") from error
+        raise BadSample(f"{path} is not a readable image; download it again", f"{column}: not an image") from error
+
+
+def _shortened(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:_NAMED_VALUES]) + (", …" if len(names) > _NAMED_VALUES else "")
 
 
 def ids_of_colours(
@@ -224,7 +274,7 @@ def ids_of_colours(
 ) -> np.ndarray:
     """Return the id (uint8, H×W) of each pixel's colour (uint8, H×W×3); ``others`` is that of unlisted colours.
 
-    Raises ``InputError`` naming ``where`` and the first unlisted colours if there is no id for them.
+    Raises ``BadSample`` naming ``where`` and the first unlisted colours if there is no id for them.
     """
     table = sorted((red << 16 | green << 8 | blue, value) for (red, green, blue), value in ids.items())
     codes = np.array([code for code, _ in table], dtype=np.int32)
@@ -234,8 +284,9 @@ def ids_of_colours(
     strange = codes[at] != pixels
     if strange.any() and others is None:
         colours = [(int(code) >> 16, int(code) >> 8 & 255, int(code) & 255) for code in np.unique(pixels[strange])]
-        raise InputError(
+        raise BadSample(
             f"{where}: {int(strange.sum())} pixel(s) have colours of no class: {named(colours)}; "
-            "use the label file as distributed (not resized, not saved as JPEG)"
+            "use the label file as distributed (not resized, not saved as JPEG)",
+            f"label: colours of no class ({named(colours)})",
         )
     return values[at] if others is None else np.where(strange, np.uint8(others), values[at])

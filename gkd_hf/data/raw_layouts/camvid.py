@@ -79,7 +79,7 @@ class CamVid(RawLayout):
             )
         return samples
 
-    def read_label(self, sample: RawSample) -> np.ndarray:
+    def read_stored(self, sample: RawSample) -> np.ndarray:
         path = self.label_of(sample)
         others = IGNORE_INDEX if sample.id == _FAULTY else None
-        return ids_of_colours(np.asarray(rgb_image(path)), _IDS, str(path), others=others)
+        return ids_of_colours(np.asarray(rgb_image(path, "label")), _IDS, str(path), others=others)

@@ -69,13 +69,11 @@ class GTAV(RawLayout):
             )
         return [sample for sample in everything if sample.id in wanted]
 
-    def read_label(self, sample: RawSample) -> np.ndarray:
+    def read_stored(self, sample: RawSample) -> np.ndarray:
         path = self.label_of(sample)
         if is_colour_coded(path):
-            stored = ids_of_colours(np.asarray(rgb_image(path)), _COLOURS, str(path))
-        else:
-            stored = stored_ids(path)
-        return self.train_ids.apply(stored, str(path))
+            return ids_of_colours(np.asarray(rgb_image(path, "label")), _COLOURS, str(path))
+        return stored_ids(path)
 
 
 def _listed(lists: Path, split: str) -> set[str]:

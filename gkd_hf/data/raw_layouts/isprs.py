@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.raw_layouts.base import (
     RawLayout,
     RawSample,
@@ -29,10 +28,11 @@ from gkd_hf.errors import InputError
 
 PIECE = 512  # pixels
 
-# Black is the boundary between objects in the "noBoundary" labels, which the benchmark does not count.
+# To the ids of label files with one value for each pixel. Black is the boundary between objects in the "noBoundary"
+# labels, which the benchmark does not count.
 _COLOURS = {
-    (0, 0, 0): IGNORE_INDEX, (255, 255, 255): 0, (0, 0, 255): 1, (0, 255, 255): 2, (0, 255, 0): 3, (255, 255, 0): 4,
-    (255, 0, 0): 5,
+    (0, 0, 0): 0, (255, 255, 255): 1, (0, 0, 255): 2, (0, 255, 255): 3, (0, 255, 0): 4, (255, 255, 0): 5,
+    (255, 0, 0): 6,
 }  # fmt: skip
 
 # As distributed, the first of these labels went through a lossy format and the second has 252 for many a 255.
@@ -125,15 +125,15 @@ class ISPRS(RawLayout):
 
     def read_image(self, sample: RawSample) -> tuple[bytes, str]:
         buffer = io.BytesIO()
-        _rgb_tile(sample.image).crop(sample.crop).save(buffer, "PNG")
+        _rgb_tile(sample.image, "image").crop(sample.crop).save(buffer, "PNG")
         return buffer.getvalue(), ".png"
 
-    def read_label(self, sample: RawSample) -> np.ndarray:
+    def read_stored(self, sample: RawSample) -> np.ndarray:
         path = self.label_of(sample)
         left, top, right, bottom = sample.crop or (0, 0, *size_of(path))
         if not is_colour_coded(path):
-            return self.train_ids.apply(_index_tile(path)[top:bottom, left:right], str(path))
-        colours = np.asarray(_rgb_tile(path).crop((left, top, right, bottom)))
+            return _index_tile(path)[top:bottom, left:right]
+        colours = np.asarray(_rgb_tile(path, "label").crop((left, top, right, bottom)))
         if path.stem.removesuffix("_noBoundary") in _INEXACT_TILES:
             colours = np.where(colours < 128, np.uint8(0), np.uint8(255))
         return ids_of_colours(colours, _COLOURS, str(path))
@@ -148,8 +148,8 @@ def _spans(length: int) -> list[tuple[int, int]]:
 # A tile has up to 144 pieces and takes 0.1 GB: read one after the other, all of them decode it once. Two entries,
 # because a label is read beside its image.
 @functools.lru_cache(maxsize=2)
-def _rgb_tile(path: Path) -> PIL.Image.Image:
-    return rgb_image(path)
+def _rgb_tile(path: Path, column: str) -> PIL.Image.Image:
+    return rgb_image(path, column)
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,11 +6,9 @@ import functools
 import json
 from pathlib import Path
 
-import numpy as np
-
 from gkd_hf.data.domains import CITYSCAPES_CLASSES
 from gkd_hf.data.label_maps import LabelMap, cityscapes_ids_from_names, label_map
-from gkd_hf.data.raw_layouts.base import RawLayout, RawSample, file_bytes, stored_ids
+from gkd_hf.data.raw_layouts.base import RawLayout, RawSample, file_bytes
 from gkd_hf.errors import InputError
 
 _FOLDERS = {"train": "training", "validation": "validation"}
@@ -38,9 +36,8 @@ class Mapillary(RawLayout):
         _ids_by(self._configuration(samples[0]))
         return samples
 
-    def read_label(self, sample: RawSample) -> np.ndarray:
-        path = self.label_of(sample)
-        return _ids_by(self._configuration(sample)).apply(stored_ids(path), str(path))
+    def id_map(self, sample: RawSample) -> LabelMap:
+        return _ids_by(self._configuration(sample))
 
     def _configuration(self, sample: RawSample) -> Path:
         root = sample.image.parents[2]

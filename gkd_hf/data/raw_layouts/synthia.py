@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from gkd_hf.data.raw_layouts.base import RawLayout, RawSample, file_bytes, stored_ids
-from gkd_hf.errors import InputError
+from gkd_hf.data.raw_layouts.base import BadSample, RawLayout, RawSample, file_bytes, stored_ids
 
 
 class Synthia(RawLayout):
@@ -30,9 +29,8 @@ class Synthia(RawLayout):
             self.collect(self.folder(root, "GT/LABELS", "RAND_CITYSCAPES/GT/LABELS"), [".png"]),
         )
 
-    def read_label(self, sample: RawSample) -> np.ndarray:
-        path = self.label_of(sample)
-        return self.train_ids.apply(_class_channel(path), str(path))
+    def read_stored(self, sample: RawSample) -> np.ndarray:
+        return _class_channel(self.label_of(sample))
 
 
 def _class_channel(path: Path) -> np.ndarray:
@@ -43,12 +41,15 @@ def _class_channel(path: Path) -> np.ndarray:
     except _NotThreeChannels as error:
         stored = stored_ids(path)  # says so itself if these are colours of 8 bits
         if stored.dtype == np.uint8:
-            raise InputError(
-                f"{path} has {error} in place of 16-bit channels; use GT/LABELS as distributed, not GT/COLOR"
+            raise BadSample(
+                f"{path} has {error} in place of 16-bit channels; use GT/LABELS as distributed, not GT/COLOR",
+                f"label: no 16-bit channels ({error})",
             ) from error
         return stored
     except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged bytes
-        raise InputError(f"{path} is not a readable PNG ({error}); download it again") from error
+        raise BadSample(
+            f"{path} is not a readable PNG ({error}); download it again", "label: not a readable PNG"
+        ) from error
     return high.astype(np.uint16) << 8 | low
 
 
