@@ -6,6 +6,7 @@ from datasets import DatasetInfo, Features, Image, Value
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from gkd_hf.data.bad_rows import count_by_reason
 from gkd_hf.data.domains import DOMAINS, Domain
 from gkd_hf.data.manifest import Manifest, Split
 
@@ -126,6 +127,10 @@ def _split_table(manifest: Manifest) -> str:
             f"| {name} | {split.rows:,} | {sizes} | {split.image_bytes / 1e6:,.1f} | {split.label_bytes / 1e6:,.1f} "
             f"| {len(split.shards)} |"
         )
+    for name, split in manifest.splits.items():
+        if split.left_out:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in count_by_reason(split.left_out).items())
+            lines += ["", f"Left out of {name}, as listed in `manifest.json`: {reasons}."]
     return "\n".join(lines)
 
 

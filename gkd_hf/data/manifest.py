@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gkd_hf.errors import InputError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _BLOCK = 4 << 20
 
 
@@ -42,6 +42,7 @@ class Split:
         smallest, largest: least and greatest (width, height) of the images, each side by itself.
         pixels: labelled pixels of each class, in train-id order; None for data without labels.
         ignored_pixels: pixels of the value 255; None for data without labels.
+        left_out: bad samples, which no shard holds: ``{"id", "reason"}`` of each.
         shards: the files, in order.
     """
 
@@ -52,6 +53,7 @@ class Split:
     largest: tuple[int, int]
     pixels: tuple[int, ...] | None
     ignored_pixels: int | None
+    left_out: tuple[Mapping[str, str], ...]
     shards: tuple[Shard, ...]
 
 
@@ -113,6 +115,7 @@ class Manifest:
 def _split(found: Mapping[str, Any]) -> Split:
     values = dict(found)
     values["shards"] = tuple(Shard(**shard) for shard in found["shards"])
+    values["left_out"] = tuple({"id": entry["id"], "reason": entry["reason"]} for entry in found["left_out"])
     values["smallest"], values["largest"] = tuple(found["smallest"]), tuple(found["largest"])
     values["pixels"] = None if found["pixels"] is None else tuple(found["pixels"])
     return Split(**values)

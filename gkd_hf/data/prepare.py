@@ -11,27 +11,21 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from gkd_hf.data.custom_layout import CustomLayout
 from gkd_hf.data.dataset_card import card_text
-from gkd_hf.data.manifest import MANIFEST, Manifest, Shard, Split, file_sha256, verify
+from gkd_hf.data.manifest import MANIFEST, Manifest, Shard, Split, verify
 from gkd_hf.data.raw_layouts import RawLayout, RawSample, raw_layout
-from gkd_hf.data.shard_writer import Job, Part, read_facts, temporary_name, whole_file, write_shard
+from gkd_hf.data.raw_rows import Limit
+from gkd_hf.data.shard_processes import cores, write_all
+from gkd_hf.data.shard_writer import Job, Part, read_facts, temporary_name, whole_file
 from gkd_hf.errors import InputError
 
 __all__ = ["Manifest", "is_custom", "prepare", "verify"]
@@ -55,8 +49,9 @@ def prepare(
     layout: RawLayout | None = None,
     splits: Sequence[str] | None = None,
     shard_rows: int = 256,
-    row_group_rows: int = 16,
+    row_group_rows: int = 1,
     re_encode: str | None = None,
+    max_bad: float = 0.01,
     workers: int | None = None,
     classes: Sequence[str] | None = None,
     id_map: Mapping[int, int] | None = None,
@@ -74,16 +69,20 @@ def prepare(
         root: the folder in which the data set was unpacked. out: the folder of the shards.
         layout: how the data lies in ``root``; by default that of the domain.
         splits: those to prepare; by default all that are in ``root``.
-        shard_rows: samples in a shard. row_group_rows: samples in a row group, the least that can be read.
+        shard_rows: samples in a shard. row_group_rows: samples in a row group, the least that can be read: one, so
+            that samples read in random order cost no more than in the stored one.
         re_encode: None, "png" or "jpeg:QUALITY" (1 to 100).
+        max_bad: share of each split's samples that may be bad (see ``raw_rows``) and are then left out and listed in
+            the manifest; more of them are an error. A few are looked at before the first shard is written.
         workers: processes; by default one for each core.
         classes, id_map: as for ``CustomLayout``, of one's own data only.
 
     Raises:
-        InputError: raw data that is not there or damaged, a folder made with other settings or in use, a full disk.
+        InputError: raw data that is not there, too many bad samples, a folder made with other settings or in use, a
+            full disk.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
-    _check_numbers(shard_rows, row_group_rows, re_encode, workers)
+    _check_numbers(shard_rows, row_group_rows, re_encode, max_bad, workers)
     layout = layout or _layout_of(domain, classes, id_map)
     samples = {split: layout.samples(root, split) for split in splits or layout.splits_in(root)}
     names = _class_names(layout, samples)
@@ -97,15 +96,20 @@ def prepare(
         "id_map": None if id_map is None else {str(stored): id_map[stored] for stored in sorted(id_map)},
         "raw_files": _digest(root, samples),
     }
-    job = Job(layout, domain, None if names is None else len(names), row_group_rows, re_encode, settings)
+    classes_there = None if names is None else len(names)
+    limit = Limit(domain, settings["splits"], max_bad)
+    job = Job(layout, domain, classes_there, row_group_rows, re_encode, limit, settings)
     parts = _parts(out, samples, shard_rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
             manifest = _check_folder(out, settings, parts)
             if manifest is not None and (out / CARD).exists() and all(part.target.exists() for part in parts):
+                for name, split in manifest.splits.items():
+                    limit.check(name, split.left_out)
                 return manifest
-            found = _write_all(parts, job, workers or _cores(), progress)
+            limit.check_first(layout, samples, classes_there)
+            found = write_all(parts, job, workers or cores(), progress)
             manifest = _manifest(domain, names, settings, parts, found)
             for name, text in ((CARD, card_text(manifest)), (MANIFEST, manifest.to_json())):
                 with whole_file(out / name) as file:
@@ -118,10 +122,14 @@ def prepare(
 # -- what will be written ---------------------------------------------------------------------------------------------
 
 
-def _check_numbers(shard_rows: int, row_group_rows: int, re_encode: str | None, workers: int | None) -> None:
+def _check_numbers(
+    shard_rows: int, row_group_rows: int, re_encode: str | None, max_bad: float, workers: int | None
+) -> None:
     for name, value in (("shard_rows", shard_rows), ("row_group_rows", row_group_rows), ("workers", workers)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: it must be 1 or greater")
+    if not 0 <= max_bad < 1:
+        raise InputError(f"max_bad is {max_bad:g}: it is a share of the samples, 0 or more and below 1")
     good = re_encode in (None, "png") or re.fullmatch(r"jpeg:([1-9]\d?|100)", str(re_encode))
     if not good:
         raise InputError(f"re_encode is '{re_encode}': it is png, or jpeg:QUALITY with 1 to 100, such as jpeg:95")
@@ -235,107 +243,7 @@ def _shown(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "…"
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-class _Stopped(Exception):
-    """The other processes are asked to give up."""
-
-
-class _Worker:
-    """Writes shards in a process of its own, counting rows where the main process sees them."""
-
-    def __init__(self, job: Job, context: multiprocessing.context.BaseContext) -> None:
-        self._job = job
-        self._rows = context.Value("Q", 0)
-        self._stop = context.Event()
-
-    @property
-    def rows(self) -> int:
-        return self._rows.value
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def row_done(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        with self._rows.get_lock():
-            self._rows.value += 1
-
-    def write(self, part: Part) -> dict[str, Any]:
-        return _finished(part) or write_shard(part, self._job, self.row_done)
-
-
-_worker: _Worker | None = None  # in a worker process, its own
-
-
-def _start_worker(worker: _Worker) -> None:
-    global _worker
-    _worker = worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which stops the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(part: Part) -> dict[str, Any]:
-    return _worker.write(part)
-
-
-def _finished(part: Part) -> dict[str, Any] | None:
-    """The facts of a shard that is there already."""
-    if not part.target.exists():
-        return None
-    facts = read_facts(part.target)
-    del facts["settings"]
-    return facts | {"bytes": part.target.stat().st_size, "sha256": file_sha256(part.target)}
-
-
-def _write_all(parts: Sequence[Part], job: Job, workers: int, progress: bool) -> list[dict[str, Any]]:
-    """Write what is not there yet; return the facts of all shards, in order."""
-    done = sum(len(part.samples) for part in parts if part.target.exists())
-    total = sum(len(part.samples) for part in parts)
-    every = 0.2 if sys.stderr.isatty() else 30.0  # seconds; in a log each is a line
-    with tqdm(
-        total=total, initial=done, desc=job.domain, unit="image", mininterval=every, disable=not progress
-    ) as bar:
-        if workers == 1:
-            return [_finished(part) or write_shard(part, job, bar.update) for part in parts]
-        return _write_in_processes(parts, job, min(workers, len(parts)), bar)
-
-
-def _write_in_processes(parts: Sequence[Part], job: Job, workers: int, bar: tqdm) -> list[dict[str, Any]]:
-    # Not forked from this process, where threads of datasets or a notebook may hold locks that a copy waits for
-    # for ever; a server that has loaded everything once forks each worker.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    worker, done = _Worker(job, context), bar.n
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (worker,))
-    try:
-        futures = [pool.submit(_work, part) for part in parts]
-        waiting = set(futures)
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            bar.update(done + worker.rows - bar.n)
-            for future in finished:
-                future.result()
-        return [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process was killed, as the system does when memory runs out: run this again with fewer "
-            "workers; finished shards stay"
-        ) from error
-    finally:
-        worker.stop()
-        pool.shutdown(cancel_futures=True)
+# -- what came of it -------------------------------------------------------------------------------------------------
 
 
 def _manifest(
@@ -354,10 +262,11 @@ def _manifest(
             rows=sum(column["rows"]),
             image_bytes=sum(column["image_bytes"]),
             label_bytes=sum(column["label_bytes"]),
-            smallest=tuple(map(min, zip(*column["smallest"], strict=True))),
-            largest=tuple(map(max, zip(*column["largest"], strict=True))),
+            smallest=tuple(map(min, zip(*filter(None, column["smallest"]), strict=True))),
+            largest=tuple(map(max, zip(*filter(None, column["largest"]), strict=True))),
             pixels=tuple(map(sum, zip(*column["pixels"], strict=True))) if labelled else None,
             ignored_pixels=sum(column["ignored_pixels"]) if labelled else None,
+            left_out=tuple(entry for listed in column["left_out"] for entry in listed),
             shards=tuple(
                 Shard(part.target.name, facts["rows"], facts["bytes"], facts["sha256"]) for part, facts in shards
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,9 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gkd_hf.data.decoding import CorruptImage, decode_image, image_size
 from gkd_hf.data.domains import IGNORE_INDEX
-from gkd_hf.data.raw_layouts.base import RawLayout, RawSample
+from gkd_hf.data.raw_layouts import BadSample, RawLayout, RawSample
+from gkd_hf.data.raw_rows import Limit, encoded, read_row
 from gkd_hf.errors import InputError
 
 FOOTER = b"gkd_hf"
@@ -40,6 +41,7 @@ class Job:
     Attributes:
         layout: of the raw data. domain: its name. classes: how many train ids there are; None without labels.
         row_group_rows: rows in a row group. re_encode: None (original bytes), "png" or "jpeg:QUALITY".
+        limit: how many bad samples may be left out.
         settings: all that the shards depend on, kept in each of them.
     """
 
@@ -48,6 +50,7 @@ class Job:
     classes: int | None
     row_group_rows: int
     re_encode: str | None
+    limit: Limit
     settings: Mapping[str, Any]
 
 
@@ -141,10 +144,10 @@ def write_shard(part: Part, job: Job, row_done: Callable[[], None]) -> dict[str,
     """Write one shard; return what the manifest says of it, `read_facts`'s dictionary with "bytes" and "sha256".
 
     Args:
-        row_done: called after every row; what it raises ends the writing, and nothing is left of the shard.
+        row_done: called after every sample; what it raises ends the writing, and nothing is left of the shard.
 
     Raises:
-        InputError: a raw file that cannot be read, that is no image, or whose label does not fit it.
+        InputError: a raw file that cannot be read, or more bad samples than ``job.limit`` allows to leave out.
         OSError: the shard cannot be written, as on a full disk.
     """
     facts = _Facts(job.classes if part.labelled else None)
@@ -153,12 +156,9 @@ def write_shard(part: Part, job: Job, row_done: Callable[[], None]) -> dict[str,
             sink, SCHEMA, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
         )
         try:
-            for start in range(0, len(part.samples), job.row_group_rows):
-                rows = []
-                for sample in part.samples[start : start + job.row_group_rows]:
-                    rows.append(_row(sample, part, job, facts))
-                    row_done()
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
+            rows = _rows(part, job, facts, row_done)
+            while group := list(itertools.islice(rows, job.row_group_rows)):
+                writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
             content = {"settings": dict(job.settings), **facts.to_dict()}
             writer.add_key_value_metadata({FOOTER: json.dumps(content, sort_keys=True)})
         except BaseException:
@@ -171,7 +171,7 @@ def write_shard(part: Part, job: Job, row_done: Callable[[], None]) -> dict[str,
 
 
 def read_facts(shard: Path) -> dict[str, Any]:
-    """Return what a finished shard says of itself: settings, rows, sizes and pixels of each class.
+    """Return what a finished shard says of itself: settings, rows, sizes, pixels of each class, samples left out.
 
     Raises:
         InputError: not a parquet file, or not one that `write_shard` wrote.
@@ -191,6 +191,7 @@ class _Facts:
         self._pixels = np.zeros(256, dtype=np.int64)
         self._sizes: list[tuple[int, int]] = []
         self._image_bytes = self._label_bytes = 0
+        self.left_out: list[dict[str, str]] = []
 
     def add(self, size: tuple[int, int], image: bytes, label: bytes | None, ids: np.ndarray | None) -> None:
         self._sizes.append(size)
@@ -209,58 +210,25 @@ class _Facts:
             "largest": [max(side) for side in zip(*self._sizes, strict=True)],
             "pixels": self._pixels[: self._classes].tolist() if labelled else None,
             "ignored_pixels": int(self._pixels[IGNORE_INDEX]) if labelled else None,
+            "left_out": self.left_out,
         }
 
 
-def _row(sample: RawSample, part: Part, job: Job, facts: _Facts) -> dict[str, Any]:
-    name = sample.id.replace("/", "_")
-    try:
-        image, suffix = job.layout.read_image(sample)
-        ids = job.layout.read_label(sample) if part.labelled else None
-    except OSError as error:
-        raise InputError(
-            f"raw file {error.filename or sample.image} of '{sample.id}' cannot be read: "
-            f"{error.strerror or ' '.join(str(error).split())}; unpack the archive again"
-        ) from error
-    try:
-        if job.re_encode is not None:
-            image, suffix = _re_encoded(image, str(sample.image), job.re_encode)
-        size = image_size(image)
-    except CorruptImage as error:
-        raise InputError(f"{sample.image} is damaged ({error}): unpack the archive again, or remove it") from error
-    label = None if ids is None else _label_png(ids, size, sample, job.classes)
-    facts.add(size, image, label, ids)
-    return {
-        "image": {"bytes": image, "path": name + suffix},
-        "label": None if label is None else {"bytes": label, "path": f"{name}.png"},
-        "id": sample.id,
-        "domain": job.domain,
-    }
-
-
-def _label_png(ids: np.ndarray, size: tuple[int, int], sample: RawSample, classes: int | None) -> bytes:
-    if ids.dtype != np.uint8 or ids.shape != (size[1], size[0]):
-        shape = "×".join(str(side) for side in reversed(ids.shape))
-        raise InputError(
-            f"{sample.label}: the label is {shape} ({ids.dtype}) but its image {sample.image} is {size[0]}×{size[1]} "
-            "pixels; every label must have its image's size"
-        )
-    strangers = np.unique(ids[(ids >= (classes or 0)) & (ids != IGNORE_INDEX)])
-    if len(strangers):
-        raise InputError(
-            f"{sample.label}: train id(s) {', '.join(map(str, strangers[:10]))} with only {classes} classes; give the "
-            "right classes, or a map to them"
-        )
-    return _encoded(PIL.Image.fromarray(ids), "PNG")
-
-
-def _re_encoded(image: bytes, where: str, how: str) -> tuple[bytes, str]:
-    kind, _, quality = how.partition(":")
-    decoded = decode_image(image, where)
-    return (_encoded(decoded, "PNG"), ".png") if kind == "png" else (_encoded(decoded, "JPEG", int(quality)), ".jpg")
-
-
-def _encoded(image: PIL.Image.Image, kind: str, quality: int | None = None) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({} if quality is None else {"quality": quality}))
-    return buffer.getvalue()
+def _rows(part: Part, job: Job, facts: _Facts, row_done: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    for sample in part.samples:
+        try:
+            row = read_row(job.layout, sample, job.classes, job.re_encode, labelled=part.labelled)
+        except BadSample as error:
+            facts.left_out.append({"id": sample.id, "reason": error.reason})
+            job.limit.check(part.split, facts.left_out)
+        else:
+            name = sample.id.replace("/", "_")
+            label = None if row.ids is None else encoded(PIL.Image.fromarray(row.ids), "PNG")
+            facts.add(row.size, row.image, label, row.ids)
+            yield {
+                "image": {"bytes": row.image, "path": name + row.suffix},
+                "label": None if label is None else {"bytes": label, "path": f"{name}.png"},
+                "id": sample.id,
+                "domain": job.domain,
+            }
+        row_done()

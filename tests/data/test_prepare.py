@@ -217,22 +217,14 @@ def test_other_raw_files_and_other_peoples_folders_are_refused(raw: Path, tmp_pa
     assert (tmp_path / "mine/README.md").read_text() == "mine"
 
 
-def test_damaged_raw_files_are_named_and_leave_no_shard(raw: Path, tmp_path: Path) -> None:
-    (raw / "train/images/town0/004.png").write_bytes(b"no picture")
-    told = _refusal(prepare, "custom", raw, tmp_path / "out", **settings(workers=2))
-    assert "town0/004.png is damaged" in told and "\n" not in told
-    assert not list((tmp_path / "out").glob(".*"))
-    (raw / "train/images/town0/004.png").write_bytes(row_image(4, size=9))
-    assert "label is 8×8" in _refusal(prepare, "custom", raw, tmp_path / "out2", **settings())
-
-
 def test_an_id_map_and_a_new_encoding(raw: Path, tmp_path: Path) -> None:
     given = settings(classes=["only"], id_map={0: 255, 1: 0}, re_encode="jpeg:95")
     manifest = prepare("custom", raw, tmp_path / "out", **given)
     assert (manifest.splits["validation"].pixels, manifest.splits["validation"].ignored_pixels) == ((64,), 64)
     row = next(iter(open_rows(tmp_path / "out", "validation")))
     assert row["image"]["bytes"][:2] == b"\xff\xd8" and row["image"]["path"] == "town0_000.jpg"
-    assert "label value(s) 1" in _refusal(prepare, "custom", raw, tmp_path / "two", **settings(classes=["only"]))
+    told = _refusal(prepare, "custom", raw, tmp_path / "two", **settings(classes=["only"]))
+    assert "label: values outside the map (1)" in told
     assert "jpeg:QUALITY" in _refusal(prepare, "custom", raw, tmp_path / "two", **settings(re_encode="jpeg:101"))
 
 
