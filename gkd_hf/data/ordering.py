@@ -1,144 +1,84 @@
-"""The order of raw rows over all passes: a pure function of the seed, read once, decoded never."""
+"""The order of the rows over all passes: a pure function of data set, seed and position.
+
+A pass is drawn by row groups, since reading one row reads its group. The groups of all shards are permuted and dealt
+to lanes in turn; the rows of each are shuffled; the pass takes one row of each lane in turn. So a group's rows are as
+many positions apart as there are lanes, and as many groups are in use at a time, which the cache of `ShardRows` holds.
+With groups of one row, as prepared shards have them, this is a uniform permutation of the rows.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Iterator
+from functools import lru_cache
 
-import datasets
-import fsspec.asyn
 import numpy as np
-import pyarrow as pa
-import torch.utils.data
 
-from gkd_hf.data.shards import readable
-from gkd_hf.errors import InputError
+from gkd_hf.data.rows import CACHE_BYTES, ShardRows
 
-_READ_ROWS = 16
-_BUFFER_BYTES = 256 * 2**20
+_LANES = (8, 1024)
 
 
-class OrderedRows:
-    """Random access, forwards only, to the endless sequence of raw rows: pass 0, then pass 1 in another order, ….
+def pass_order(rows: ShardRows, seed: int, number: int) -> np.ndarray:
+    """Return the indices of all rows (int64) in the order of pass ``number``; each pass has its own."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+    ends = rows.group_rows.cumsum()
+    return _lanes_in_turn(rows.group_rows, ends - rows.group_rows, num_lanes(rows), rng)
 
-    Every process and worker that builds this with the same arguments sees the same sequence. Reading is done here
-    rather than by iterating ``rows``, which inside a ``DataLoader`` worker would silently yield only that worker's
-    share of the shards.
+
+def num_lanes(rows: ShardRows) -> int:
+    """How many groups are in use at a time: a power of two, so that readers in turn share no lane where batches allow.
+
+    At most half of the cache is asked for: least-recently-used groups, read in turn, all miss as soon as one does not
+    fit.
+    """
+    wanted = CACHE_BYTES // 2 * len(rows.group_rows) // max(1, rows.num_bytes)
+    least, most = _LANES
+    return max(least, min(most, 1 << max(0, int(wanted).bit_length() - 1)))
+
+
+def _lanes_in_turn(sizes: np.ndarray, firsts: np.ndarray, lanes: int, rng: np.random.Generator) -> np.ndarray:
+    """Shuffle rows given by groups: ``sizes`` and index of the first row of each."""
+    dealt = rng.permutation(len(sizes))
+    sizes, firsts = sizes[dealt], firsts[dealt]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    inside = np.arange(len(group)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    shuffled = inside[np.lexsort((rng.random(len(group)), group))]
+    # Where each group begins in its lane: after the groups that were dealt to it before.
+    rounds = np.pad(sizes, (0, -len(sizes) % lanes)).reshape(-1, lanes)
+    begins = (rounds.cumsum(axis=0) - rounds).ravel()[: len(sizes)]
+    turn = np.lexsort((group % lanes, begins[group] + inside))
+    return (firsts[group] + shuffled)[turn]
+
+
+class ShardOrder:
+    """The endless sequence of the rows of shards: pass 0, then pass 1 in another order, ….
+
+    Every process and worker that builds this with the same arguments sees the same sequence; any position is reached
+    at once, and only the rows asked for are read.
 
     Args:
-        rows: the data set, image cells undecoded.
-        seed: seed of the run.
+        rows: of one split.
+        seed: of the run.
         shuffle: a new order in each pass, or the stored order in every pass.
-        buffer_size: rows held for shuffling (fewer when they exceed 256 MiB together).
-        num_rows: rows in one pass if known, so that whole passes can be skipped without reading them; else counted.
-        name: of the domain, for messages.
     """
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        *,
-        seed: int,
-        shuffle: bool,
-        buffer_size: int,
-        num_rows: int | None,
-        name: str,
-    ) -> None:
+    def __init__(self, rows: ShardRows, *, seed: int, shuffle: bool) -> None:
         self._rows = rows
-        self._seed = seed
         self._shuffle = shuffle
-        self._buffer_size = buffer_size
-        self._num_rows = num_rows
-        self._name = name
-        self._window: deque[dict] = deque()
-        self._first = 0
-        self._source: Iterator[dict] | None = None
-        if torch.utils.data.get_worker_info() is not None:
-            # A forked worker must not wait on the parent's event loop when it reads remote files.
-            fsspec.asyn.reset_lock()
+        # A reader that replaces a bad row at the end of a pass looks into the next one and back.
+        self._pass = lru_cache(2)(lambda number: pass_order(rows, seed, number))
 
     @property
     def num_rows(self) -> int:
-        """Rows in one pass; read through once if nobody told."""
-        if self._num_rows is None:
-            self._num_rows = sum(len(table) for table in self._tables(self._rows))
-        return self._num_rows
+        """Rows in one pass."""
+        return len(self._rows)
 
-    def row(self, index: int) -> dict:
-        """Return the raw row at global ``index`` (over all passes), which must not lie before ``release``d rows."""
-        if self._source is None:
-            self._first = index
-            self._source = self._from(index)
-        while index - self._first >= len(self._window):
-            self._window.append(next(self._source))
-        return self._window[index - self._first]
+    def row(self, position: int) -> dict:
+        """Return the raw row at ``position``, over all passes."""
+        return self._rows[self._index(position)]
 
-    def release(self, index: int) -> None:
-        """Forget the rows before ``index``: they will not be asked for again."""
-        while self._first < index and self._source is not None:
-            if self._window:
-                self._window.popleft()
-            else:
-                next(self._source)
-            self._first += 1
+    def release(self, position: int) -> None:
+        """Nothing is held for positions before this one."""
 
-    def one_pass(self, number: int = 0) -> Iterator[dict]:
-        """Yield the raw rows of pass ``number`` in order."""
-        if not self._shuffle:
-            for table in self._tables(self._rows):
-                yield from table.to_pylist()
-            return
-        # `set_epoch` is not used: its counter lives in memory shared between workers, which reach a new pass at
-        # different times. One shard is read at a time because datasets sleeps 5 s after interleaving several, and the
-        # mixing is done here because its own buffer fails beyond 2 GiB of image bytes.
-        entropy = np.random.SeedSequence([self._seed, number])
-        source = self._rows.shuffle(
-            seed=int(entropy.generate_state(1)[0]), buffer_size=_READ_ROWS, max_buffer_input_shards=1
-        )
-        rng = np.random.default_rng(entropy)
-        buffer: list[dict] = []
-        held = 0
-        for table in self._tables(source):
-            for row in table.to_pylist():
-                held += _num_bytes(row)
-                buffer.append(row)
-                while len(buffer) > self._buffer_size or (held > _BUFFER_BYTES and len(buffer) > 1):
-                    chosen = _swap_out(buffer, int(rng.integers(len(buffer))))
-                    held -= _num_bytes(chosen)
-                    yield chosen
-        for position in rng.permutation(len(buffer)):
-            yield buffer[position]
-
-    def _from(self, index: int) -> Iterator[dict]:
-        first_pass, skip = divmod(index, self.num_rows) if index and self.num_rows else (0, 0)
-        for number in itertools.count(first_pass):
-            count = 0
-            for row in self.one_pass(number):
-                count += 1
-                if count > skip:
-                    yield row
-            skip = 0
-            if count == 0:
-                raise InputError(f"domain '{self._name}' has no rows: check the folder and the split")
-            if self._num_rows is not None and count != self._num_rows:
-                raise InputError(
-                    f"domain '{self._name}' gave {count} rows in pass {number} but {self._num_rows} were expected: "
-                    "the data changed under the run, or a shard is being written; restart when it is complete"
-                )
-            self._num_rows = count
-
-    def _tables(self, rows: datasets.IterableDataset) -> Iterator[pa.Table]:
-        # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
-        tables = rows.with_format("arrow").iter(batch_size=_READ_ROWS)
-        yield from readable(tables, f"domain '{self._name}'")
-
-
-def _swap_out(buffer: list[dict], position: int) -> dict:
-    """Remove and return one element in constant time, the last one taking its place."""
-    buffer[position], buffer[-1] = buffer[-1], buffer[position]
-    return buffer.pop()
-
-
-def _num_bytes(row: dict) -> int:
-    return sum(len(cell["bytes"] or b"") for cell in row.values() if isinstance(cell, dict) and "bytes" in cell)
+    def _index(self, position: int) -> int:
+        number, offset = divmod(position, len(self._rows))
+        return int(self._pass(number)[offset]) if self._shuffle else offset

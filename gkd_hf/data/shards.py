@@ -1,4 +1,4 @@
-"""Open a folder of parquet shards, or a data set on the Hub, as a stream of undecoded rows."""
+"""Open a folder of parquet shards, or a data set on the Hub, as undecoded rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
 from gkd_hf.data.hub_files import HubFiles, hub_files
+from gkd_hf.data.rows import IMAGE_COLUMNS, Shard, ShardFolder, ShardRows
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.pull import hub_error, with_retries
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-IMAGE_COLUMNS = ("image", "label")
 _READ_ROWS = 16
 # For each read of a streamed file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are many
 # minutes in which a run that will not go on does not end.
 datasets.config.STREAMING_READ_MAX_RETRIES = 3
 
+Rows = ShardRows | datasets.IterableDataset
 Item = TypeVar("Item")
 
 
@@ -36,8 +37,10 @@ def open_rows(
     *,
     columns: Sequence[str] = IMAGE_COLUMNS,
     revision: str | None = None,
-) -> datasets.IterableDataset:
-    """Open one split as a stream of rows whose ``image`` and ``label`` cells are undecoded ``{"bytes", "path"}``.
+) -> Rows:
+    """Open one split as rows whose ``image`` and ``label`` cells are undecoded ``{"bytes", "path"}``.
+
+    The rows of a folder are `ShardRows`.
 
     Of a Hub data set stored as parquet, each shard is fetched whole when reading reaches it and is used only once its
     content has the hash that the Hub lists. It stays in the Hub's cache (HF_HUB_CACHE), so that later passes, other
@@ -62,16 +65,17 @@ def open_rows(
     location = os.fspath(location)
     if is_hub_id(location):
         return _open_hub(location, split, columns, revision)
-    shards = find_shards(location, split)
-    present, num_rows = _inspect(shards, columns)
-    if num_rows == 0:
+    store = ShardFolder(location)
+    names = [Path(shard).relative_to(location).as_posix() for shard in find_shards(location, split)]
+    shards, common = [], None
+    for name in names:
+        metadata = _checked(store.path(name), columns, store.title(name))
+        shards.append(Shard.described(name, metadata))
+        present = metadata.schema.to_arrow_schema().names
+        common = present if common is None else [column for column in common if column in present]
+    if not any(shard.group_rows.any() for shard in shards):
         raise InputError(f"no rows in split '{split}' of {location}: its {len(shards)} shard(s) are all empty")
-    wanted = _wanted_columns(present, columns, shards[0])
-    # The builder takes patterns, so a folder called "run[1]" has to be escaped.
-    files = [glob.escape(shard) for shard in shards]
-    rows = datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=True, columns=wanted)
-    # One unit per row group: shuffling then mixes across each file, not only across files.
-    return _undecoded(rows.reshard(), wanted)
+    return ShardRows(store, shards, _wanted_columns(common, columns, location))
 
 
 def count_rows(location: str | os.PathLike, split: str, *, revision: str | None = None) -> int | None:
@@ -146,18 +150,8 @@ def _metadata(shard: str | Path, name: str = "") -> pq.FileMetaData:
         ) from error
 
 
-def _inspect(shards: list[str], columns: Sequence[str]) -> tuple[list[str], int]:
-    """Check every shard's metadata; return the columns that all shards have and the number of rows."""
-    total, common = 0, None
-    for shard in shards:
-        schema, num_rows = _check_columns(shard, columns, shard)
-        total += num_rows
-        common = schema.names if common is None else [name for name in common if name in schema.names]
-    return common or [], total
-
-
-def _check_columns(shard: str | Path, columns: Sequence[str], name: str) -> tuple[pa.Schema, int]:
-    """Check that a shard has the columns, and images where they belong; return its schema and number of rows."""
+def _checked(shard: str | Path, columns: Sequence[str], name: str) -> pq.FileMetaData:
+    """Read a shard's metadata; check that it has the columns, and images where they belong."""
     metadata = _metadata(shard, name)
     schema = metadata.schema.to_arrow_schema()
     _wanted_columns(schema.names, columns, name)
@@ -167,7 +161,7 @@ def _check_columns(shard: str | Path, columns: Sequence[str], name: str) -> tupl
                 f"{name}: column '{column}' holds {schema.field(column).type}, not image bytes; "
                 "write it as datasets.Image() or as raw bytes"
             )
-    return schema, metadata.num_rows
+    return metadata
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -214,11 +208,12 @@ def _open_hub(location: str, split: str, columns: Sequence[str], revision: str |
     for shard in shards:
         name = _shard_name(files, shard)
         path = files.fetch(shard)
-        schema, num_rows = _check_columns(path, columns, name)
-        if num_rows:
+        metadata = _checked(path, columns, name)
+        if metadata.num_rows:
             break
     else:
         raise _no_rows(location, split)
+    schema = metadata.schema.to_arrow_schema()
     wanted = _wanted_columns(schema.names, columns, name)
     stored = datasets.Features.from_arrow_schema(schema)
     features = {
@@ -235,7 +230,7 @@ def _open_hub(location: str, split: str, columns: Sequence[str], revision: str |
 def _rows_of_shards(files: HubFiles, columns: Sequence[str], shards: Sequence[str]) -> Iterator[dict]:
     for shard in shards:
         path, name = files.fetch(shard), _shard_name(files, shard)
-        _check_columns(path, columns, name)
+        _checked(path, columns, name)
         with pq.ParquetFile(path) as file:
             for batch in readable(file.iter_batches(batch_size=_READ_ROWS, columns=list(columns)), name):
                 for row in batch.to_pylist():

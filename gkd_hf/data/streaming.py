@@ -18,8 +18,10 @@ from gkd_hf.data.bad_rows import row_identity
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.data.ordering import OrderedRows
-from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.data.ordering import ShardOrder
+from gkd_hf.data.rows import ShardRows
+from gkd_hf.data.shards import Rows, count_rows, open_rows
+from gkd_hf.data.streamed_order import StreamedOrder
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform
 from gkd_hf.errors import InputError
 
@@ -65,10 +67,10 @@ def check_bad_rows(domain: str, entries: Sequence[dict[str, str]], num_rows: int
 class _BadRows:
     """The distinct corrupt rows that one reader has met, and the rule for stopping."""
 
-    def __init__(self, domain: str, limit: float, ordered: OrderedRows) -> None:
+    def __init__(self, domain: str, limit: float, num_rows: Callable[[], int]) -> None:
         self._domain = domain
         self._limit = limit
-        self._ordered = ordered
+        self._num_rows = num_rows
         self._entries: dict[str, dict[str, str]] = {}
         self.attempted = 0
 
@@ -88,10 +90,10 @@ class _BadRows:
         bad = len(self._entries)
         if bad <= 1:
             return
-        expected = self._limit * min(self.attempted, self._ordered.num_rows)
+        expected = self._limit * min(self.attempted, self._num_rows())
         certain = bad > expected + 4 * math.sqrt(expected) + 3
         limit = 0.0 if certain else self._limit
-        check_bad_rows(self._domain, list(self._entries.values()), self._ordered.num_rows, limit)
+        check_bad_rows(self._domain, list(self._entries.values()), self._num_rows(), limit)
 
 
 class _RowDecoder:
@@ -121,7 +123,9 @@ class _RowDecoder:
         return image, self._label_map.apply(label, where)
 
 
-def _undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+def _undecoded(rows: Rows) -> Rows:
+    if isinstance(rows, ShardRows):
+        return rows
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image) and feature.decode:
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -151,23 +155,25 @@ class SampleStream(torch.utils.data.IterableDataset):
     The order is cut into global micro batches of ``micro_batch_size * world_size``; rank r takes the r-th contiguous
     slice of each, and ``DataLoader`` worker w of W every W-th micro batch, so that a loader with
     ``batch_size=micro_batch_size`` returns the slices in order. Use it with ``dispatch_batches=False`` and without any
-    further splitting. Samples before ``start`` are skipped without being decoded.
+    further splitting. Samples before ``start`` are skipped without being decoded, nor read where ``rows`` are
+    `ShardRows`.
 
     A corrupt row's place is taken by the next readable row, and the row is reported under ``bad_rows``.
 
     Args:
-        rows: from ``open_rows``, or any ``IterableDataset`` with an ``image`` (and ``label``, ``id``) column.
+        rows: from ``open_rows``, or any ``IterableDataset`` with an ``image`` (and ``label``, ``id``) column, which
+            each reader has to read from the start of the pass.
         transform: ``transform(image, rng)`` or, with a label map, ``transform(image, rng, label)`` → dict of tensors.
         seed: of order and augmentation, ≥ 0.
         micro_batch_size: samples in one process's batch.
         rank: this process; world_size: number of processes.
         start: index of the first sample to yield, a multiple of the global micro batch.
         shuffle: a new order in each pass, or the stored order.
-        buffer_size: rows in the shuffle buffer (at most 256 MiB of them, in each worker).
+        buffer_size: rows in the shuffle buffer of an ``IterableDataset`` (at most 256 MiB of them, in each worker).
         domain: name for messages and reports.
         label_map: labels are decoded, mapped and yielded only if given.
         bad_row_limit: largest fraction of corrupt rows that is skipped.
-        num_rows: rows in one pass if known (``count_rows``); saves reading the data once when resuming.
+        num_rows: rows in one pass of an ``IterableDataset`` if known; saves reading it once when resuming.
 
     Yields ``{"pixel_values": float32 3×S×S, ["labels": int64 S×S], "index": g, "bad_rows": [{domain, id, reason}]}``.
     Raises ``InputError`` for an empty or unreadable data set, too many corrupt rows, a label value outside the map,
@@ -176,7 +182,7 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        rows: datasets.IterableDataset,
+        rows: Rows,
         transform: Callable[..., dict[str, torch.Tensor]],
         *,
         seed: int,
@@ -203,7 +209,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         self.domain = domain
         self.label_map = label_map
         self.bad_row_limit = bad_row_limit
-        self.num_rows = num_rows
+        self.num_rows = len(rows) if isinstance(rows, ShardRows) else num_rows
         self._place(micro_batch_size, rank, world_size, start)
 
     def _place(self, micro_batch_size: int, rank: int, world_size: int, start: int) -> None:
@@ -235,16 +241,9 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = _worker()
-        ordered = OrderedRows(
-            self.rows,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            buffer_size=self.buffer_size,
-            num_rows=self.num_rows,
-            name=self.domain,
-        )
+        ordered = self._order()
         decode = _RowDecoder(self.domain, self.label_map)
-        bad = _BadRows(self.domain, self.bad_row_limit, ordered)
+        bad = _BadRows(self.domain, self.bad_row_limit, lambda: ordered.num_rows)
         global_batch = self.micro_batch_size * self.world_size
         for batch in itertools.count(worker, num_workers):
             first = self.start + batch * global_batch + self.rank * self.micro_batch_size
@@ -252,6 +251,18 @@ class SampleStream(torch.utils.data.IterableDataset):
                 ordered.release(index)
                 sample, reported = self._next_readable(index, ordered, decode, bad)
                 yield {**sample, "index": index, "bad_rows": reported}
+
+    def _order(self) -> ShardOrder | StreamedOrder:
+        if isinstance(self.rows, ShardRows):
+            return ShardOrder(self.rows, seed=self.seed, shuffle=self.shuffle)
+        return StreamedOrder(
+            self.rows,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            buffer_size=self.buffer_size,
+            num_rows=self.num_rows,
+            name=self.domain,
+        )
 
     def _transformed(self, row: dict, index: int, decode: _RowDecoder) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
@@ -265,7 +276,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
 
     def _next_readable(
-        self, index: int, ordered: OrderedRows, decode: _RowDecoder, bad: _BadRows
+        self, index: int, ordered: ShardOrder | StreamedOrder, decode: _RowDecoder, bad: _BadRows
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
         reported: list[dict[str, str]] = []
         for position in itertools.count(index):
@@ -294,7 +305,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         domain: name for messages and reports.
         limit: use only the first ``limit`` images; ``None`` uses all.
         bad_row_limit: largest fraction of corrupt rows that is skipped.
-        num_rows: rows if known (``count_rows``), for progress bars alone.
+        num_rows: rows of an ``IterableDataset`` if known, for progress bars alone.
 
     Yields ``{"pixel_values": float32 3×H×W, "labels": int64 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
     where h×w is the image's own size. A corrupt row is left out and reported with the reader's next image (or its
@@ -304,7 +315,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        rows: datasets.IterableDataset,
+        rows: Rows,
         transform: EvaluationTransform,
         *,
         label_map: LabelMap,
@@ -327,7 +338,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         self.bad_row_limit = bad_row_limit
         self.rank = rank
         self.world_size = world_size
-        self.num_rows = num_rows
+        self.num_rows = len(rows) if isinstance(rows, ShardRows) else num_rows
 
     @property
     def share(self) -> int | None:
@@ -350,18 +361,16 @@ class EvaluationSet(torch.utils.data.IterableDataset):
             raise DataError(str(error)) from None
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        worker, num_workers = _worker()
-        reader, num_readers = self.rank + self.world_size * worker, self.world_size * num_workers
-        ordered = OrderedRows(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
+        streamed = None
+        if not isinstance(self.rows, ShardRows):
+            streamed = StreamedOrder(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
         decode = _RowDecoder(self.domain, self.label_map)
-        bad = _BadRows(self.domain, self.bad_row_limit, ordered)
+        num_rows = (lambda: len(self.rows)) if streamed is None else (lambda: streamed.num_rows)
+        bad = _BadRows(self.domain, self.bad_row_limit, num_rows)
         # One sample is held back so that corrupt rows at the end still find one to travel with.
         held: dict[str, Any] | None = None
         reported: list[dict[str, str]] = []
-        count = 0
-        for count, row in enumerate(itertools.islice(ordered.one_pass(), self.limit), start=1):  # noqa: B007
-            if (count - 1) % num_readers != reader:
-                continue
+        for row in self._own_rows(streamed):
             bad.attempted += 1
             try:
                 image, label = decode(row)
@@ -379,14 +388,26 @@ class EvaluationSet(torch.utils.data.IterableDataset):
                 "bad_rows": reported,
             }
             reported = []
-        if count == 0:
-            raise InputError(f"domain '{self.domain}' has no rows: check the folder and the split")
         if held is None:
             if not reported:
                 return
             held = {"pixel_values": None, "labels": None, "image": None, "id": None, "bad_rows": []}
         held["bad_rows"] = held["bad_rows"] + reported
         yield held
+
+    def _own_rows(self, streamed: StreamedOrder | None) -> Iterator[dict]:
+        worker, num_workers = _worker()
+        reader, num_readers = self.rank + self.world_size * worker, self.world_size * num_workers
+        if streamed is None:
+            for index in range(len(self.rows))[: self.limit][reader::num_readers]:
+                yield self.rows[index]
+            return
+        count = 0
+        for count, row in enumerate(itertools.islice(streamed.one_pass(), self.limit), start=1):
+            if (count - 1) % num_readers == reader:
+                yield row
+        if count == 0:
+            raise InputError(f"domain '{self.domain}' has no rows: check the folder and the split")
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 from tqdm.auto import tqdm
 
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.data.shards import count_rows, find_shards, readable
+from gkd_hf.data.shards import Rows, count_rows, find_shards, readable
 from gkd_hf.errors import InputError
 from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stage_folder import write_json
@@ -35,7 +34,7 @@ class LabelledSplit:
     domain: str
     location: str
     split: str
-    rows: datasets.IterableDataset
+    rows: Rows
     label_map: LabelMap
     limit: int | None
 
@@ -83,11 +82,9 @@ def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
             write_json(memory, known)
 
 
-def look_at_first_rows(
-    rows: datasets.IterableDataset, location: str, split: str, label_map: LabelMap | None = None
-) -> None:
+def look_at_first_rows(rows: Rows, location: str, split: str, label_map: LabelMap | None = None) -> None:
     """Decode the first rows of a split, which costs little even where rows are streamed; raises as `check_labels`."""
-    for index, row in enumerate(readable(rows.take(FIRST_ROWS), f"{location}, split '{split}'")):
+    for index, row in enumerate(readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'")):
         where = _where(location, split, row, index)
         try:
             decode_image(row["image"], where)

@@ -32,7 +32,8 @@ def row_label(number: int, size: int = 8) -> bytes:
     return encode(label)
 
 
-def write_shard(path: Path, rows: list[dict]) -> None:
+def write_shard(path: Path, rows: list[dict], group: int | None = None) -> None:
+    """Write one shard, in row groups of ``group`` rows or in one."""
     columns = {}
     for name in rows[0]:
         if name in ("image", "label"):
@@ -41,7 +42,7 @@ def write_shard(path: Path, rows: list[dict]) -> None:
         else:
             columns[name] = pa.array([row[name] for row in rows])
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, row_group_size=group)
 
 
 def make_rows(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from gkd_hf.data.domains import LabelSpace, label_space
 from gkd_hf.data.label_maps import label_map
-from gkd_hf.data.streaming import EvaluationSet, collate_evaluation, open_rows
+from gkd_hf.data.rows import ShardRows
+from gkd_hf.data.shards import Rows, open_rows
+from gkd_hf.data.streaming import EvaluationSet, collate_evaluation
 from gkd_hf.data.transforms import EvaluationTransform
 from gkd_hf.errors import InputError
 
@@ -20,9 +23,18 @@ SPACE = LabelSpace("two", ("left", "right"), ((0, 0, 0), (255, 255, 255)))
 HALF = (0.5, 0.5, 0.5)
 
 
-def make_set(folder: Path, size: tuple[int, int] | None = (12, 6), **options: object) -> EvaluationSet:
+def make_set(
+    folder: Path | None, size: tuple[int, int] | None = (12, 6), rows: Rows | None = None, **options: object
+) -> EvaluationSet:
+    rows = open_rows(folder, "test") if rows is None else rows
     settings = {"label_map": label_map("identity", 2), "label_space": SPACE, "domain": "city"} | options
-    return EvaluationSet(open_rows(folder, "test"), EvaluationTransform(HALF, HALF, size), **settings)
+    return EvaluationSet(rows, EvaluationTransform(HALF, HALF, size), **settings)
+
+
+def streamed(count: int) -> datasets.IterableDataset:
+    """Rows that are no shards."""
+    rows = [row | {key: {"bytes": row[key], "path": None} for key in ("image", "label")} for row in make_rows(count)]
+    return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
 
 def loaded(dataset: EvaluationSet, workers: int = 0) -> tuple[list[str], list[dict]]:
@@ -49,11 +61,29 @@ def test_samples_keep_the_native_label_and_image(write_folder):
 
 
 def test_the_share_is_what_a_bar_needs(write_folder):
-    whole = make_set(write_folder(make_rows(7), split="test"), num_rows=7)
+    whole = make_set(write_folder(make_rows(7), split="test"))
     assert [whole.shard(rank, 3).share for rank in range(3)] == [3, 2, 2]
-    limited = make_set(write_folder(make_rows(7), split="test"), num_rows=7, limit=4)
+    limited = make_set(write_folder(make_rows(7), split="test"), limit=4)
     assert [limited.shard(rank, 3).share for rank in range(3)] == [2, 1, 1]
-    assert make_set(write_folder(make_rows(7), split="test")).share is None
+    assert make_set(None, rows=streamed(7)).share is None
+    assert make_set(None, rows=streamed(7), num_rows=7).shard(1, 3).share == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_rows_are_shared_out_too(workers):
+    dataset = make_set(None, rows=streamed(7), limit=6)
+    shares = [loaded(dataset.shard(rank, 2), workers)[0] for rank in range(2)]
+    assert [sorted(share) for share in shares] == [
+        [f"row{number:03d}" for number in range(rank, 6, 2)] for rank in range(2)
+    ]
+
+
+def test_a_reader_reads_its_own_rows(write_folder, monkeypatch):
+    read = []
+    plain = ShardRows.__getitem__
+    monkeypatch.setattr(ShardRows, "__getitem__", lambda self, index: read.append(index) or plain(self, index))
+    assert len(list(make_set(write_folder(make_rows(11), split="test")).shard(1, 3))) == 4
+    assert read == [1, 4, 7, 10]
 
 
 def test_unequal_sizes_stay_a_list(write_folder):

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HTTPError
 from gkd_hf.data import hub_files, shards
 from gkd_hf.data.hub_files import HubFiles
 from gkd_hf.data.label_maps import label_map
-from gkd_hf.data.shards import count_rows, open_rows, readable
+from gkd_hf.data.shards import Rows, count_rows, open_rows, readable
 from gkd_hf.errors import InputError
 from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
 
@@ -27,7 +27,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def ids(rows: datasets.IterableDataset) -> list[str]:
+def ids(rows: Rows) -> list[str]:
     return [row["id"] for row in rows]
 
 
@@ -159,6 +159,6 @@ def test_a_damaged_page_is_told_by_whoever_meets_it_first(tmp_path, write_folder
     ):
         with pytest.raises(InputError) as caught:
             read()
-        assert str(caught.value).startswith(f"{folder}, split 'train': the data cannot be read on (")
+        assert str(caught.value).startswith(f"{shard}: the data cannot be read on from row 0 (")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "memory.json").exists()

@@ -1,0 +1,77 @@
+"""The order of rows that are no shards and can only be read one after the other."""
+
+from __future__ import annotations
+
+import datasets
+import pyarrow as pa
+import pytest
+from huggingface_hub.errors import HTTPError
+
+from gkd_hf.data.streamed_order import StreamedOrder
+from gkd_hf.data.streaming import SampleStream
+from gkd_hf.errors import InputError
+
+from .samples import make_rows, row_image
+from .test_streaming import RowNumber, first, loaded, rows_of
+
+
+def streamed(count: int, shards: int = 4) -> datasets.IterableDataset:
+    cells = [{"image": {"bytes": row["image"], "path": None}, "id": row["id"]} for row in make_rows(count)]
+    return datasets.Dataset.from_list(cells).to_iterable_dataset(num_shards=shards)
+
+
+def make_stream(rows: datasets.IterableDataset, **options: object) -> SampleStream:
+    return SampleStream(rows, RowNumber(), **{"seed": 3, "micro_batch_size": 1, "domain": "city"} | options)
+
+
+def test_rows_mix_across_shards_when_the_buffer_is_small():
+    order = rows_of(first(make_stream(streamed(40), buffer_size=20), 80))
+    assert sorted(order[:40]) == sorted(order[40:]) == list(range(40))
+    assert order[:40] != order[40:]
+    assert len({row // 10 for row in order[:10]}) > 1
+
+
+def test_the_buffer_is_bounded_in_bytes(monkeypatch):
+    plain = rows_of(first(make_stream(streamed(40, 1)), 40))
+    monkeypatch.setattr("gkd_hf.data.streamed_order._BUFFER_BYTES", 3 * len(row_image(0)))
+    order = rows_of(first(make_stream(streamed(40, 1)), 40))
+    assert sorted(order) == list(range(40))
+    assert order != plain
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_rows", [None, 10])
+def test_resuming_continues_exactly(workers, num_rows):
+    stream = make_stream(streamed(10), num_rows=num_rows)
+    expected = first(stream, 40)
+    assert loaded(stream.shard(2, 0, 1, start=28), 12, workers) == expected[28:]
+    assert loaded(stream.shard(2, 1, 2, start=12), 2, workers) == expected[14:16]
+
+
+def test_known_passes_are_skipped_without_reading(monkeypatch):
+    passes = []
+    plain = StreamedOrder.one_pass
+    monkeypatch.setattr(StreamedOrder, "one_pass", lambda self, number=0: passes.append(number) or plain(self, number))
+    first(make_stream(streamed(10), num_rows=10).shard(1, 0, 1, start=70), 5)
+    assert passes == [7]
+
+
+def test_a_wrong_number_of_rows_is_noticed():
+    with pytest.raises(InputError, match="domain 'city' gave 10 rows in pass 0 but 11 were expected"):
+        first(make_stream(streamed(10), num_rows=11), 12)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [HTTPError("Server\ndisconnected"), pa.ArrowInvalid("Corrupt\nsnappy data")])
+def test_a_stream_that_breaks_off_is_told_in_one_line(error, workers):
+    def breaking_off():
+        yield from ({"image": {"bytes": row_image(number), "path": None}} for number in range(3))
+        raise error
+
+    rows = datasets.IterableDataset.from_generator(breaking_off)
+    stream = make_stream(rows, shuffle=False)
+    with pytest.raises(InputError) as caught:
+        loaded(stream, 5, workers)
+    reason = " ".join(str(error).split())
+    told = f"domain 'city': the data cannot be read on ({reason}); check the shards or the connection"
+    assert str(caught.value) == told
