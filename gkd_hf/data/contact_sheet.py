@@ -17,13 +17,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
-from gkd_hf.data.domains import IGNORE_INDEX, LabelSpace
+from gkd_hf.data.domains import IGNORE_INDEX, MAX_CLASSES, LabelSpace
 from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.data.shards import count_rows, find_shards, is_hub_id, open_rows, readable
+from gkd_hf.data.rows import ShardRows
+from gkd_hf.data.shards import Rows, count_rows, open_rows, readable
 from gkd_hf.errors import InputError
 
 _TILE_AREA = 72_000  # pixels of one picture: two pairs of street scenes fill a row
@@ -34,16 +33,30 @@ _LABEL_OPACITY = 0.65
 _STRIPE = 5
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 _STRIPES = np.array([(20, 20, 20), (250, 250, 250)], dtype=np.float32)
+_ALARM = (200, 20, 20)
+_ALARM_STRIPES = np.array([(20, 20, 20), (255, 0, 255)], dtype=np.float32)
+_SEE_BELOW = "see below"
+_UNLISTED = MAX_CLASSES  # stands for stored values that the map does not list; no train id is as great
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """One row: its name, its picture at tile size, and its train ids likewise; or why there is none."""
+    """One row: its name, its picture at tile size, and its train ids likewise; what is wrong with it."""
 
     name: str
     image: PIL.Image.Image | None
     label: np.ndarray | None
     note: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A line of the legend: a colour, or two that alternate; the text; the share of all pixels."""
+
+    colour: tuple[int, int, int] | np.ndarray
+    text: str
+    share: float
 
 
 def contact_sheet(
@@ -54,24 +67,26 @@ def contact_sheet(
     *,
     split: str = "train",
     title: str = "",
+    revision: str | None = None,
 ) -> PIL.Image.Image:
     """Draw ``count`` rows: each image, beside it the image under its label, the row's id and size below.
 
     The legend tells each class's colour, its share of the shown rows' pixels, its train id, its name, and from which
-    stored ids it comes where they are others. Ignored pixels are striped black and white, as no class colour is. A row
-    that cannot be decoded is shown as an empty picture with the reason.
+    stored ids it comes where they are others. Ignored pixels are striped black and white, as no class colour is. What
+    is wrong is drawn, not raised: stored values that the map does not list are striped black and magenta, and a
+    picture or label that cannot be shown is an empty frame with the reason; the heading counts such rows.
 
     Args:
         source: a folder of shards, from which rows are taken at even distances; a Hub id ``org/name``, or rows with
-            ``image``, ``label`` and ``id`` cells as ``open_rows`` gives them, of which the first ones are taken.
+            ``image``, ``label`` and ``id`` cells as ``open_rows`` gives them, of which the first ones are taken; one
+            that has a ``problem`` is shown with that text in place of its label.
         label_map, label_space: of the domain; both None for images without labels, which are then shown alone.
         count: rows to show, 1 or more; fewer are shown if there are fewer.
-        split: of a folder or Hub id.
+        split: of a folder or Hub id. revision: of a Hub id.
         title: first line of the sheet, such as the domain's name.
 
-    Returns an RGB image about 1400 pixels wide. Raises ``InputError`` naming the row for a label value outside the
-    map, an image and label of different size, and a missing or coloured label; for a label map that does not fit the
-    label space; for no rows or no readable one; and as ``open_rows``.
+    Returns an RGB image about 1400 pixels wide. Raises ``InputError`` for a label map that does not fit the label
+    space, for a missing column, for no rows or no readable image, and as ``open_rows``.
     """
     if count < 1:
         raise InputError(f"contact sheet of {count} images: ask for 1 or more")
@@ -79,21 +94,23 @@ def contact_sheet(
     columns = ("image",) if label_map is None else ("image", "label")
     if isinstance(source, (str, os.PathLike)):
         location = os.fspath(source)
-        where, total = f"{location}, split '{split}'", count_rows(location, split)
-        rows = _spread_rows(location, split, columns, count)
+        where, total = f"{location}, split '{split}'", count_rows(location, split, revision=revision)
+        rows = _spread_rows(open_rows(location, split, columns=columns, revision=revision), where, count)
     else:
         where, total = title or "contact sheet", None
         rows = itertools.islice(((index, row) for index, row in enumerate(source)), count)
-    pixels = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
-    samples = [_sample(row, f"{where}, row {row.get('id') or index}", index, label_map, pixels) for index, row in rows]
+    pixels, unlisted = np.zeros(IGNORE_INDEX + 1, dtype=np.int64), set()
+    samples = [_sample(row, where, index, label_map, pixels, unlisted) for index, row in rows]
     if not samples:
         raise InputError(f"{where}: no rows to show; check the folder and the split")
     if all(sample.image is None for sample in samples):
-        raise InputError(f"{where}: none of the {len(samples)} rows looked at is readable; {samples[0].note}")
+        raise InputError(f"{where}: none of the {len(samples)} rows looked at is readable; {samples[0].problem}")
     of_total = "" if total is None else f" of {total:,}"
     heading = [title] if title else []
     heading.append(f"{where if total is not None else ''}  {len(samples)}{of_total} images".strip())
-    return _draw(samples, heading, label_map, label_space, pixels)
+    if bad := sum(bool(sample.problem) for sample in samples):
+        heading.append(f"{bad} of these {len(samples)} are bad, {_SEE_BELOW}")
+    return _draw(samples, heading, _legend(label_map, label_space, pixels, unlisted), label_space)
 
 
 def _check_fit(label_map: LabelMap | None, label_space: LabelSpace | None) -> None:
@@ -111,65 +128,57 @@ def _check_fit(label_map: LabelMap | None, label_space: LabelSpace | None) -> No
         )
 
 
-def _spread_rows(location: str, split: str, columns: tuple[str, ...], count: int) -> Iterator[tuple[int, dict]]:
-    """Yield (index in the split, row): at even distances of a folder, the first ones of a Hub data set.
-
-    Of a folder only the row groups that hold a wanted row are read.
-    """
-    rows = open_rows(location, split, columns=columns)  # which checks folder, shards and columns
-    if is_hub_id(location):
-        yield from enumerate(readable(rows.take(count), f"{location}, split '{split}'"))
+def _spread_rows(rows: Rows, where: str, count: int) -> Iterator[tuple[int, dict]]:
+    """Yield (index in the split, row): at even distances, or the first ones where rows are only streamed."""
+    if not isinstance(rows, ShardRows):
+        yield from enumerate(readable(itertools.islice(rows, count), where))
         return
-    total = count_rows(location, split)
-    wanted = iter(sorted({(2 * place + 1) * total // (2 * count) for place in range(count)}))
-    index, first = next(wanted), 0
-    for shard in find_shards(location, split):
-        file = pq.ParquetFile(shard)
-        present = [name for name in (*columns, "id") if name in file.schema_arrow.names]
-        for group in range(file.num_row_groups):
-            end = first + file.metadata.row_group(group).num_rows
-            if index < end:
-                table = next(readable((_read(file, group, present) for _ in "1"), shard))
-            while index < end:
-                yield index, table.slice(index - first, 1).to_pylist()[0]
-                index = next(wanted, math.inf)
-            first = end
+    for index in sorted({(2 * place + 1) * len(rows) // (2 * count) for place in range(count)}):
+        yield index, rows[index]
 
 
-def _read(file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
-    return file.read_row_group(group, columns=columns)
-
-
-def _sample(row: Mapping, where: str, index: int, label_map: LabelMap | None, pixels: np.ndarray) -> _Sample:
-    """Decode one row and shrink it to tile size; adds its pixels of each train id to ``pixels``."""
-    name = str(row.get("id") or Path((row.get("image") or {}).get("path") or f"row {index}").name)
+def _sample(
+    row: Mapping, where: str, index: int, label_map: LabelMap | None, pixels: np.ndarray, unlisted: set[int]
+) -> _Sample:
+    """Decode one row and shrink it to tile size; adds its pixels of each train id, and its unlisted values."""
+    for column in ("image",) if label_map is None else ("image", "label"):
+        if column not in row:
+            hint = "; for images without labels give no label map" if column == "label" else ""
+            raise InputError(f"{where}, row {index}: no column '{column}' (columns present: {', '.join(row)}){hint}")
+    name = str(row.get("id") or Path((row["image"] or {}).get("path") or f"row {index}").name)
     try:
-        if "image" not in row:
-            raise InputError(f"{where}: no column 'image' (columns present: {', '.join(row)})")
-        image = decode_image(row["image"], where)
-        ids = None
-        if label_map is not None:
-            if "label" not in row:
-                raise InputError(
-                    f"{where}: no column 'label' (columns present: {', '.join(row)}); for images without labels give "
-                    "no label map"
-                )
-            label = decode_label(row["label"], where)
-            if label.shape != (image.height, image.width):
-                raise InputError(
-                    f"{where}: the image is {image.width}×{image.height} pixels but its label "
-                    f"{label.shape[1]}×{label.shape[0]}; they must agree"
-                )
-            ids = label_map.apply(label, where)
-            pixels += np.bincount(ids.ravel(), minlength=len(pixels))
+        image = decode_image(row["image"], f"{where}, row {name}")
     except CorruptImage as error:
-        return _Sample(name, None, None, f"unreadable: {error}")
+        return _Sample(name, None, None, "", f"unreadable: {error}")
     note = f"{image.width} x {image.height}"
     width, height = _tile_size(image.width / image.height)
     method = PIL.Image.Resampling.LANCZOS if image.width > width else PIL.Image.Resampling.NEAREST
-    if ids is not None:
-        ids = np.asarray(PIL.Image.fromarray(ids).resize((width, height), PIL.Image.Resampling.NEAREST))
-    return _Sample(name, image.resize((width, height), method), ids, note)
+    tile = image.resize((width, height), method)
+    if label_map is None:
+        return _Sample(name, tile, None, note)
+    try:
+        if row.get("problem"):
+            raise InputError(row["problem"])
+        label = decode_label(row["label"], f"row {name}")
+    except (CorruptImage, InputError) as error:
+        return _Sample(name, tile, None, note, str(error))
+    if label.shape != (image.height, image.width):
+        return _Sample(name, tile, None, note, f"label: {label.shape[1]} x {label.shape[0]}, not the image's size")
+    ids, strange = _train_ids(label, label_map)
+    pixels += np.bincount(ids.ravel(), minlength=len(pixels))
+    unlisted.update(strange)
+    shown = np.asarray(PIL.Image.fromarray(ids).resize((width, height), PIL.Image.Resampling.NEAREST))
+    return _Sample(name, tile, shown, note, f"not in the map: {_listed(strange)}" if strange else "")
+
+
+def _train_ids(label: np.ndarray, label_map: LabelMap) -> tuple[np.ndarray, list[int]]:
+    """Train ids, `_UNLISTED` for stored values that are not in the map; and these values."""
+    values, places = np.unique(label, return_inverse=True)
+    listed = (values >= 0) & (values < len(label_map.table))
+    inside = np.where(listed, values, 0)
+    listed &= label_map.known[inside]
+    ids = np.where(listed, label_map.table[inside], np.uint8(_UNLISTED)).astype(np.uint8)
+    return ids[places].reshape(label.shape), values[~listed].tolist()
 
 
 def _tile_size(aspect: float) -> tuple[int, int]:
@@ -180,36 +189,33 @@ def _tile_size(aspect: float) -> tuple[int, int]:
 
 
 def _overlay(sample: _Sample, palette: np.ndarray) -> PIL.Image.Image:
-    """The image in grey under the class colours, with an edge where two classes meet and stripes where ignored."""
+    """The image in grey under the class colours, with an edge where two classes meet and stripes where none is."""
     ids = sample.label
     grey = np.asarray(sample.image.convert("L"), dtype=np.float32)[..., None]
     picture = (1 - _LABEL_OPACITY) * grey + _LABEL_OPACITY * palette[ids]
-    rows, columns = np.indices(ids.shape)
-    stripes = _STRIPES[(rows + columns) // _STRIPE % 2]
-    ignored = ids == IGNORE_INDEX
-    picture[ignored] = stripes[ignored]
     edge = np.zeros(ids.shape, dtype=bool)
     edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     edge[1:] |= ids[1:] != ids[:-1]
-    edge &= ~ignored
     picture[edge] = (picture[edge] + 255) / 2  # a pole is hardly wider than its edge
+    for value, colours in ((IGNORE_INDEX, _STRIPES), (_UNLISTED, _ALARM_STRIPES)):
+        picture[ids == value] = _striped(ids.shape, colours)[ids == value]
     return PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
+def _striped(shape: tuple[int, int], colours: np.ndarray) -> np.ndarray:
+    rows, columns = np.indices(shape)
+    return colours[(rows + columns) // _STRIPE % 2]
+
+
 def _draw(
-    samples: list[_Sample],
-    heading: list[str],
-    label_map: LabelMap | None,
-    label_space: LabelSpace | None,
-    pixels: np.ndarray,
+    samples: list[_Sample], heading: list[str], entries: list[_Entry], label_space: LabelSpace | None
 ) -> PIL.Image.Image:
     sizes = [sample.image.size for sample in samples if sample.image is not None]
     tile_width, tile_height = (max(side) for side in zip(*sizes, strict=True))
-    pictures = 1 if label_map is None else 2
+    pictures = 1 if label_space is None else 2
     cell_width = pictures * tile_width + _GAP
     per_row = max(1, min(len(samples), (_SHEET_WIDTH - 2 * _MARGIN + _GAP) // cell_width))
     width = max(2 * _MARGIN + per_row * cell_width - _GAP, 2 * _MARGIN + 2 * _ENTRY_WIDTH)
-    entries = [] if label_space is None else _legend(label_map, label_space, pixels)
     legend_columns = max(1, (width - 2 * _MARGIN) // _ENTRY_WIDTH)
     legend_rows = -(-len(entries) // legend_columns)
     top = _MARGIN + 30 * len(heading)
@@ -218,13 +224,14 @@ def _draw(
     sheet = PIL.Image.new("RGB", (width, first_row + -(-len(samples) // per_row) * cell_height), _BACKGROUND)
     pen = PIL.ImageDraw.Draw(sheet)
     for number, line in enumerate(heading):
-        large = number == 0 and len(heading) > 1
-        text = _shortened(pen, line, _font(22 if large else 15), width - 2 * _MARGIN)
-        pen.text((_MARGIN, _MARGIN - 6 + 32 * number), text, _INK, _font(22 if large else 15))
-    for number, (colour, text, share) in enumerate(entries):
+        font = _font(22 if number == 0 and len(heading) > 1 else 15)
+        colour = _ALARM if line.endswith(_SEE_BELOW) else _INK
+        text = _shortened(pen, line, font, width - 2 * _MARGIN)
+        pen.text((_MARGIN, _MARGIN - 6 + 32 * number), text, colour, font)
+    for number, entry in enumerate(entries):
         column, row = divmod(number, legend_rows)
-        _draw_entry(sheet, pen, (_MARGIN + column * _ENTRY_WIDTH, top + row * _ENTRY_HEIGHT), colour, text, share)
-    # Train ids without a class do not occur; the row of "ignore" is overdrawn with stripes.
+        _draw_entry(sheet, pen, (_MARGIN + column * _ENTRY_WIDTH, top + row * _ENTRY_HEIGHT), entry)
+    # Train ids without a class do not occur; the rows of "ignore" and unlisted values are overdrawn with stripes.
     palette = np.zeros((IGNORE_INDEX + 1, 3), dtype=np.float32)
     if label_space is not None:
         palette[: len(label_space.palette)] = label_space.palette
@@ -245,57 +252,67 @@ def _draw_sample(
     palette: np.ndarray,
 ) -> None:
     left, upper = corner
-    span = pictures * tile[0]
+    span, height = pictures * tile[0], tile[1]
     if sample.image is None:
-        pen.rectangle((left, upper, left + span - 1, upper + tile[1] - 1), (235, 235, 235), _FAINT)
-        text = _shortened(pen, sample.note, _font(14), span - 16)
-        pen.text((left + 8, upper + tile[1] // 2 - 8), text, (190, 20, 20), _font(14))
+        _draw_frame(pen, (left, upper, span, height), sample.problem)
     else:
         sheet.paste(sample.image, corner)
+        width, height = sample.image.size
         if sample.label is not None:
-            sheet.paste(_overlay(sample, palette), (left + sample.image.width, upper))
-    size = f"  {sample.note}" if sample.image is not None else ""
-    room = span - pen.textlength(size, _font(14))
+            sheet.paste(_overlay(sample, palette), (left + width, upper))
+        elif pictures == 2:
+            _draw_frame(pen, (left + width, upper, width, height), sample.problem)
+    alarm = sample.problem if sample.label is not None else ""  # otherwise it stands in the frame
+    room = span - pen.textlength(f"  {sample.note}  {alarm}", _font(14))
     name = _shortened(pen, sample.name, _font(14), room)
-    below = upper + (tile[1] if sample.image is None else sample.image.height) + 3
-    pen.text((left, below), name, _INK, _font(14))
-    pen.text((left + pen.textlength(name, _font(14)), below), size, _FAINT, _font(14))
+    for text, colour in ((name, _INK), (sample.note, _FAINT), (alarm, _ALARM)):
+        pen.text((left, upper + height + 3), text, colour, _font(14))
+        left += pen.textlength(f"{text}  ", _font(14))
 
 
-def _draw_entry(
-    sheet: PIL.Image.Image,
-    pen: PIL.ImageDraw.ImageDraw,
-    corner: tuple[int, int],
-    colour: tuple[int, int, int] | None,
-    text: str,
-    share: float,
-) -> None:
+def _draw_frame(pen: PIL.ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str) -> None:
+    left, upper, width, height = box
+    pen.rectangle((left, upper, left + width - 1, upper + height - 1), (235, 235, 235), _FAINT)
+    text = _shortened(pen, text, _font(14), width - 16)
+    pen.text((left + 8, upper + height // 2 - 8), text, _ALARM, _font(14))
+
+
+def _draw_entry(sheet: PIL.Image.Image, pen: PIL.ImageDraw.ImageDraw, corner: tuple[int, int], entry: _Entry) -> None:
     left, upper = corner
     box = (left, upper + 2, left + 25, upper + 19)
-    if colour is None:
-        rows, columns = np.indices((18, 26))
-        sheet.paste(PIL.Image.fromarray(_STRIPES[(rows + columns) // _STRIPE % 2].astype(np.uint8)), box[:2])
+    if isinstance(entry.colour, np.ndarray):
+        sheet.paste(PIL.Image.fromarray(_striped((18, 26), entry.colour).astype(np.uint8)), box[:2])
         pen.rectangle(box, None, _FAINT)
     else:
-        pen.rectangle(box, tuple(colour), _FAINT)
+        pen.rectangle(box, tuple(entry.colour), _FAINT)
+    share = entry.share
     number = "none" if share == 0 else "< 0.1 %" if share < 0.001 else f"{share:.1%}".replace("%", " %")
-    ink = _FAINT if share == 0 else _INK
+    ink = _ALARM if entry.colour is _ALARM_STRIPES else _FAINT if share == 0 else _INK
     name = left + 96
     pen.text((name - 10, upper + 1), number, ink, _font(15), anchor="ra")
-    pen.text((name, upper + 1), _shortened(pen, text, _font(15), left + _ENTRY_WIDTH - 16 - name), ink, _font(15))
+    text = _shortened(pen, entry.text, _font(15), left + _ENTRY_WIDTH - 16 - name)
+    pen.text((name, upper + 1), text, ink, _font(15))
 
 
 def _legend(
-    label_map: LabelMap, label_space: LabelSpace, pixels: np.ndarray
-) -> list[tuple[tuple[int, int, int] | None, str, float]]:
-    """(colour or None for "ignored", text, share of all pixels) in train-id order, "ignored" last."""
+    label_map: LabelMap | None, label_space: LabelSpace | None, pixels: np.ndarray, unlisted: set[int]
+) -> list[_Entry]:
+    """In train-id order; then "ignored", and last what the map does not list, if there is any."""
+    if label_map is None or label_space is None:
+        return []
     total = max(1, int(pixels.sum()))
     entries = []
     for train_id, (name, colour) in enumerate(zip(label_space.classes, label_space.palette, strict=True)):
         stored = np.flatnonzero(label_map.known & (label_map.table == train_id)).tolist()
         origin = f" (from {_listed(stored)})" if stored not in ([], [train_id]) else ""
-        entries.append((colour, f"{train_id} {name}{origin}", int(pixels[train_id]) / total))
-    return [*entries, (None, "ignored", int(pixels[IGNORE_INDEX]) / total)]
+        entries.append(_Entry(colour, f"{train_id} {name}{origin}", int(pixels[train_id]) / total))
+    stored = np.flatnonzero(label_map.known & (label_map.table == IGNORE_INDEX)).tolist()
+    origin = f" (from {_listed(stored)})" if stored not in ([], [IGNORE_INDEX]) else ""
+    entries.append(_Entry(_STRIPES, f"ignored{origin}", int(pixels[IGNORE_INDEX]) / total))
+    if unlisted:
+        text = f"not in the map: {_listed(sorted(unlisted))}"
+        entries.append(_Entry(_ALARM_STRIPES, text, int(pixels[_UNLISTED]) / total))
+    return entries
 
 
 def _listed(values: list[int]) -> str:

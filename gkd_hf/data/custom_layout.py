@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,40 @@ from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.data.raw_layouts.base import RawLayout, RawSample, contents, named
 from gkd_hf.errors import InputError
 
+
+def is_custom(domain: str) -> bool:
+    """Whether a domain is the user's own: "custom" or "custom:NAME"."""
+    return domain.partition(":")[0] == "custom"
+
+
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def read_classes(given: str | None) -> list[str] | None:
+    """Return the names in "a,b,c" or in a file of one name a line; None for None."""
+    if given is None:
+        return None
+    names = _content(given).splitlines() if Path(given).is_file() else given.split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
+def read_id_map(given: str | None) -> dict[int, int] | None:
+    """Return stored id → train id of "7:0,8:1" or of a JSON file; None for None; raises ``InputError``."""
+    if given is None:
+        return None
+    try:
+        if Path(given).is_file():
+            return {int(stored): int(train) for stored, train in json.loads(_content(given)).items()}
+        return {int(stored): int(train) for stored, train in (pair.split(":") for pair in given.split(","))}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"id map {given}: give stored:train ids such as 7:0,8:1, or a JSON file of them") from error
+
+
+def _content(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as text ({error})") from error
 
 
 class CustomLayout(RawLayout):

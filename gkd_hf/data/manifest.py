@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from gkd_hf.data.hub_files import hub_files
+from gkd_hf.data.shards import is_hub_id
 from gkd_hf.errors import InputError
+from gkd_hf.models.pull import pull
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -80,6 +83,13 @@ class Manifest:
         """The files of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    def summary(self) -> str:
+        """Images by split, files, and what was left out, in some words."""
+        counts = ", ".join(f"{split.rows:,} {name}" for name, split in self.splits.items())
+        left_out = [f"{len(split.left_out):,} {name}" for name, split in self.splits.items() if split.left_out]
+        more = f"; bad samples left out, see {MANIFEST}: {', '.join(left_out)}" if left_out else ""
+        return f"{counts} images in {len(self.shards)} files{more}"
+
     def to_json(self) -> str:
         """The text of manifest.json: the same for the same data, without times and paths."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
@@ -110,6 +120,19 @@ class Manifest:
                 f"{path} is not the manifest of a prepared data set ({type(error).__name__}: {error}): remove it and "
                 "prepare the data set again"
             ) from error
+
+
+def find_manifest(location: str | os.PathLike, revision: str | None = None) -> Manifest | None:
+    """Return the manifest of a folder or of a data set on the Hub, fetched there; None if it has none.
+
+    Raises:
+        InputError: as `Manifest.read`, and a Hub id that cannot be read.
+    """
+    location = os.fspath(location)
+    if not is_hub_id(location):
+        return Manifest.read(location)
+    commit = hub_files(location, revision).commit  # that of the rows, also if the branch has moved since
+    return Manifest.read(pull(location, [MANIFEST], revision=commit, kind="dataset"))
 
 
 def _split(found: Mapping[str, Any]) -> Split:

@@ -19,26 +19,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gkd_hf.data.custom_layout import CustomLayout
+from gkd_hf.data.custom_layout import CustomLayout, is_custom
 from gkd_hf.data.dataset_card import card_text
 from gkd_hf.data.manifest import MANIFEST, Manifest, Shard, Split, verify
+from gkd_hf.data.preview import CONTACT, raw_sheet, save_sheet
 from gkd_hf.data.raw_layouts import RawLayout, RawSample, raw_layout
 from gkd_hf.data.raw_rows import Limit
+from gkd_hf.data.rows_layout import RowsLayout, splits_of_shards
 from gkd_hf.data.shard_processes import cores, write_all
-from gkd_hf.data.shard_writer import Job, Part, read_facts, temporary_name, whole_file
+from gkd_hf.data.shard_writer import Job, Part, read_facts, whole_file
+from gkd_hf.data.shards import is_hub_id
 from gkd_hf.errors import InputError
 
-__all__ = ["Manifest", "is_custom", "prepare", "verify"]
+__all__ = ["Manifest", "prepare", "verify"]
 
 CARD = "README.md"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK_SECONDS = 5.0  # workers of a killed run live on for a moment
-
-
-def is_custom(domain: str) -> bool:
-    """Whether a domain is the user's own: "custom" or "custom:NAME"."""
-    return domain.partition(":")[0] == "custom"
 
 
 def prepare(
@@ -55,6 +53,8 @@ def prepare(
     workers: int | None = None,
     classes: Sequence[str] | None = None,
     id_map: Mapping[int, int] | None = None,
+    contact: str | os.PathLike | None = None,
+    revision: str | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Write a data set as ``OUT/SPLIT-00000-of-00012.parquet``, with a card (README.md) and, last, manifest.json.
@@ -66,7 +66,8 @@ def prepare(
 
     Args:
         domain: name in ``domains.DOMAINS``, or "custom" or "custom:NAME" for one's own data.
-        root: the folder in which the data set was unpacked. out: the folder of the shards.
+        root: the folder in which the data set was unpacked; for one's own data also a Hub id or a folder of parquet
+            shards, see ``RowsLayout``. out: the folder of the shards.
         layout: how the data lies in ``root``; by default that of the domain.
         splits: those to prepare; by default all that are in ``root``.
         shard_rows: samples in a shard. row_group_rows: samples in a row group, the least that can be read: one, so
@@ -76,6 +77,8 @@ def prepare(
             the manifest; more of them are an error. A few are looked at before the first shard is written.
         workers: processes; by default one for each core.
         classes, id_map: as for ``CustomLayout``, of one's own data only.
+        contact: where to draw a contact sheet (PNG) of the first split, before anything else is written.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         InputError: raw data that is not there, too many bad samples, a folder made with other settings or in use, a
@@ -83,7 +86,7 @@ def prepare(
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     _check_numbers(shard_rows, row_group_rows, re_encode, max_bad, workers)
-    layout = layout or _layout_of(domain, classes, id_map)
+    layout = layout or _layout_of(domain, root, classes, id_map, revision)
     samples = {split: layout.samples(root, split) for split in splits or layout.splits_in(root)}
     names = _class_names(layout, samples)
     settings = {
@@ -94,7 +97,7 @@ def prepare(
         "re_encode": re_encode,
         "classes": names,
         "id_map": None if id_map is None else {str(stored): id_map[stored] for stored in sorted(id_map)},
-        "raw_files": _digest(root, samples),
+        "raw_files": _digest(layout, root, samples),
     }
     classes_there = None if names is None else len(names)
     limit = Limit(domain, settings["splits"], max_bad)
@@ -104,6 +107,8 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out):
             manifest = _check_folder(out, settings, parts)
+            if contact is not None:
+                save_sheet(raw_sheet(layout, next(iter(samples.values())), domain), contact)
             if manifest is not None and (out / CARD).exists() and all(part.target.exists() for part in parts):
                 for name, split in manifest.splits.items():
                     limit.check(name, split.left_out)
@@ -135,8 +140,12 @@ def _check_numbers(
         raise InputError(f"re_encode is '{re_encode}': it is png, or jpeg:QUALITY with 1 to 100, such as jpeg:95")
 
 
-def _layout_of(domain: str, classes: Sequence[str] | None, id_map: Mapping[int, int] | None) -> RawLayout:
+def _layout_of(
+    domain: str, root: Path, classes: Sequence[str] | None, id_map: Mapping[int, int] | None, revision: str | None
+) -> RawLayout:
     if is_custom(domain):
+        if is_hub_id(str(root)) or splits_of_shards(root):
+            return RowsLayout(root, classes or (), id_map, revision=revision)
         return CustomLayout(classes or (), id_map)
     if classes is not None or id_map is not None:
         raise InputError(f"domain '{domain}' has its own classes and ids: they are given for 'custom' only")
@@ -159,7 +168,7 @@ def _class_names(layout: RawLayout, samples: Mapping[str, Sequence[RawSample]]) 
     return list(layout.label_space.classes) if labelled else None
 
 
-def _digest(root: Path, samples: Mapping[str, Sequence[RawSample]]) -> str:
+def _digest(layout: RawLayout, root: Path, samples: Mapping[str, Sequence[RawSample]]) -> str:
     """SHA-256 over names, sizes and crops of all raw files; the same wherever ``root`` is."""
     digest, sizes = hashlib.sha256(), {}
     for split, found in samples.items():
@@ -167,10 +176,7 @@ def _digest(root: Path, samples: Mapping[str, Sequence[RawSample]]) -> str:
             entry: list[Any] = [split, sample.id, sample.crop]
             for path in (sample.image, sample.label):
                 if path is not None and path not in sizes:
-                    try:
-                        sizes[path] = path.stat().st_size
-                    except OSError as error:
-                        raise InputError(f"raw file {path} cannot be read: {error.strerror}") from error
+                    sizes[path] = layout.file_size(path)
                 entry += [None, None] if path is None else [os.path.relpath(path, root), sizes[path]]
             digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
@@ -222,7 +228,7 @@ def _check_folder(out: Path, settings: Mapping[str, Any], parts: Sequence[Part])
         raise InputError(f"{out} holds a {CARD} and is no prepared data set: choose an empty or new folder")
     for path in out.glob(".*.tmp"):
         name = path.name[1 : -len(".tmp")]
-        if _SHARD.fullmatch(name) or path in (temporary_name(out / CARD), temporary_name(out / MANIFEST)):
+        if _SHARD.fullmatch(name) or name in (CARD, MANIFEST, CONTACT):
             path.unlink()
     return manifest
 

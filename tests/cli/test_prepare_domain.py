@@ -65,7 +65,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "contact.png"}
 
 
 def test_prepare_verify_and_be_told(
@@ -79,7 +79,7 @@ def test_prepare_verify_and_be_told(
         (("--verify", "--out", out, "--quiet"), "train-00001-of-00003.parquet has 1 bytes"),
         (("--out", out), "nothing to do"),
         (("--root", raw, "--out", out), "no domain"),
-        (("custom", "--root", raw, "--out", out, "--id-map", "7"), "--id-map 7"),
+        (("custom", "--root", raw, "--out", out, "--id-map", "7"), "id map 7: give"),
         (("cityscape", "--root", raw, "--out", out), "did you mean 'cityscapes'?"),
         (("custom", "--root", raw / "none", "--out", out, "--classes", "a"), "images/ and masks/"),
     ):
@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_goes_on(raw: Path, tmp_path: Path) -> None:
     small.mkdir()
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", sys.executable, "-c", FULL_DISK, SCRIPT, small, kept]
-        + ["custom", "--root", raw, "--out", small, *CUSTOM],
+        + ["custom", "--root", raw, "--out", small, "--contact", tmp_path / "contact.png", *CUSTOM],
         capture_output=True,
         text=True,
         timeout=100,

@@ -85,18 +85,49 @@ def test_images_without_labels_are_shown_alone(write_folder):
         contact_sheet(cells(rows), IDENTITY, None)
 
 
-def test_wrong_labels_are_told_with_their_row(write_folder):
-    unknown = encode(np.full((8, 8), 7, dtype=np.uint8))
-    with pytest.raises(InputError, match=r"split 'train', row row001: label value\(s\) 7 are not in the label map"):
-        contact_sheet(write_folder(make_rows(3, labels={1: unknown})), IDENTITY, SPACE)
-    other_size = encode(np.zeros((8, 9), dtype=np.uint8))
-    with pytest.raises(InputError, match="row row002: the image is 8×8 pixels but its label 9×8"):
-        contact_sheet(cells(make_rows(3, labels={2: other_size})), IDENTITY, SPACE)
-    colour = encode(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
-    with pytest.raises(InputError, match="row row000: the label is a picture of mode RGB"):
-        contact_sheet(cells(make_rows(1, labels={0: colour})), IDENTITY, SPACE)
-    with pytest.raises(InputError, match="row row000: the row has no label"):
-        contact_sheet(cells([{**make_rows(1)[0], "label": None}]), IDENTITY, SPACE)
+MAGENTA, RED_INK = (255, 0, 255), (200, 20, 20)
+
+
+def test_values_outside_the_map_are_drawn_and_named_not_raised(write_folder):
+    stored = np.full((8, 8), 7, dtype=np.uint8)
+    stored[:, :4] = 255
+    right = contact_sheet(write_folder(make_rows(3), name="right"), IDENTITY, SPACE)
+    wrong = contact_sheet(write_folder(make_rows(3, labels={1: encode(stored)})), IDENTITY, SPACE)
+    assert not colours(right) & {MAGENTA, RED_INK}
+    pixels = np.asarray(wrong)
+    assert 268 * 134 * 0.4 < (pixels == MAGENTA).all(-1).sum() < 268 * 134 * 0.6
+    assert (pixels == RED_INK).all(-1).sum() > 200  # the heading, the legend and the row's caption
+    for value, kind in ((300, np.uint16), (-1, np.int32), (70_000, np.int32)):
+        image = PIL.Image.fromarray(np.full((8, 8), value, dtype=kind))
+        label = encode(image, "TIFF" if value < 0 else "PNG" if value < 2**16 else "TIFF")
+        assert MAGENTA in colours(contact_sheet(cells(make_rows(1, labels={0: label})), IDENTITY, SPACE))
+
+
+def test_bad_labels_are_empty_frames_beside_their_images(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "_draw_frame", lambda pen, box, text: told.append(text))
+    labels = {
+        0: encode(np.zeros((8, 9), dtype=np.uint8)),
+        1: encode(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)),
+        2: b"a text",
+    }
+    rows = cells(make_rows(6, images={4: b""}, labels=labels))
+    rows[3]["label"] = None
+    rows[5]["problem"] = "label: colours of no class"
+    contact_sheet(rows, IDENTITY, SPACE)
+    for text, part in zip(
+        told,
+        (
+            "label: 9 x 8, not the",
+            "mode RGB",
+            "label: not an image",
+            "no label",
+            "unreadable: image: zero bytes",
+            "of no",
+        ),
+        strict=True,
+    ):
+        assert part in text
 
 
 def test_a_map_for_other_classes_is_refused():

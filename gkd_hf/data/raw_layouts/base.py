@@ -122,6 +122,13 @@ class RawLayout(ABC):
             raise InputError(f"{self.domain}: sample '{sample.id}' ({sample.image}) has no label")
         return sample.label
 
+    def file_size(self, path: Path) -> int:
+        """Return the bytes of a sample's file; raises ``InputError`` if it is not there."""
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise InputError(f"raw file {path} cannot be read: {error.strerror}") from error
+
     def folder(self, root: Path, *choices: str) -> Path:
         """Return the first folder of ``choices`` under ``root``; raises ``InputError`` telling what is there."""
         for choice in choices:
@@ -216,11 +223,15 @@ def stored_ids(path: Path) -> np.ndarray:
 
     Raises ``InputError`` for a file that cannot be read, ``BadSample`` for one that is damaged or stores colours.
     """
-    data = file_bytes(path)
+    return ids_in(file_bytes(path), str(path))
+
+
+def ids_in(cell: Mapping | bytes, where: str) -> np.ndarray:
+    """Return the ids of an encoded label, H×W; raises ``BadSample`` naming ``where``, as `stored_ids`."""
     try:
-        return decode_label(data, str(path))
+        return decode_label(cell, where)
     except CorruptImage as error:
-        raise BadSample(f"{path}: {error}; download the file again", str(error)) from error
+        raise BadSample(f"{where}: {error}; download the file again", str(error)) from error
     except InputError as error:
         raise BadSample(str(error), "label: colours in place of ids") from error
 
