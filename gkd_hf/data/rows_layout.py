@@ -96,7 +96,7 @@ class RowsLayout(CustomLayout):
 
     def read_stored(self, sample: RawSample) -> np.ndarray:
         cell = self._row(sample)["label"]
-        if cell is None:
+        if cell is None or cell["bytes"] is None:
             raise BadSample(f"{sample.label}: there is no label", "label: missing")
         return ids_in(cell, str(sample.label))
 
