@@ -54,13 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
             print(plan(recipe))
         else:
-            from accelerate import PartialState
-
             from gkd_hf.training.pipeline import run
+            from gkd_hf.training.process_group import end_process_group
 
             run(recipe)
-            # Threads of a process group that outlive the interpreter can abort a process that has done its work.
-            PartialState().destroy_process_group()
+            end_process_group()
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

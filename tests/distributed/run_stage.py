@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
 from gkd_hf.data.streaming import collate
 from gkd_hf.training.distillation_trainer import MaskingCollator
+from gkd_hf.training.process_group import end_process_group
 from tests.training import test_trainers as single
 
 
@@ -71,5 +71,4 @@ def main(stage: str, out: str, world: str, micro: str, accumulation: str) -> Non
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Its threads must have ended before the interpreter does, or they abort the process once in a while.
-    PartialState().destroy_process_group()
+    end_process_group()

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.training.process_group import end_process_group
 from tests.tiny import ENCODERS, MASK2FORMER
 
 
@@ -30,8 +31,8 @@ def main(out: str) -> None:
     accelerator.backward(output.loss)
     if accelerator.is_main_process:
         save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, out)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_process_group()
