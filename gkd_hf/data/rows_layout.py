@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from gkd_hf.data.custom_layout import CustomLayout
-from gkd_hf.data.hub_files import hub_files
+from gkd_hf.data.hub_files import HubFiles, hub_files
 from gkd_hf.data.raw_layouts import BadSample, RawSample
 from gkd_hf.data.raw_layouts.base import ids_in
-from gkd_hf.data.rows import ShardRows
+from gkd_hf.data.rows import IMAGE_COLUMNS, Shard, ShardFolder, ShardRows
 from gkd_hf.data.shards import find_shards, is_hub_id, open_rows
 from gkd_hf.errors import InputError
 
@@ -73,10 +74,10 @@ class RowsLayout(CustomLayout):
 
     def samples(self, root: Path, split: str) -> list[RawSample]:
         self.check_split(split)
-        commit = None if self._files is None else self._files.commit
-        rows = open_rows(self._location, split, revision=commit)
+        files = self._files
+        rows = open_rows(self._location, split) if files is None else _fetched(files, split)
         self._opened[split] = rows
-        place = Path(self._location if commit is None else f"{self._location}@{commit}")
+        place = Path(self._location if files is None else f"{files.location}@{files.commit}")
         samples = []
         for number, name in enumerate(_names(rows)):
             shard, row = rows.place(number)
@@ -115,6 +116,22 @@ def splits_of_shards(folder: Path) -> dict[str, list[str]]:
         except InputError:
             continue
     return found
+
+
+def _fetched(files: HubFiles, split: str) -> ShardRows:
+    """The rows of a split whose shards are all fetched, so that worker processes need no network."""
+    open_rows(files.location, split, revision=files.commit)  # which checks split and columns
+    shards, columns, folder = [], None, Path()
+    for name in files.shards[split]:
+        path = files.fetch(name)
+        folder = Path(str(path).removesuffix(name))
+        metadata = pq.read_metadata(path)
+        shards.append(Shard.described(name, metadata))
+        there = metadata.schema.to_arrow_schema().names
+        if not set(IMAGE_COLUMNS) <= set(there):
+            raise InputError(f"{name} of '{files.location}' lacks column image or label: it has {', '.join(there)}")
+        columns = there if columns is None else [column for column in columns if column in there]
+    return ShardRows(ShardFolder(str(folder)), shards, [name for name in (*IMAGE_COLUMNS, "id") if name in columns])
 
 
 def _names(rows: ShardRows) -> list[str]:

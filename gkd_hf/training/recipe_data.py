@@ -12,7 +12,7 @@ import datasets
 
 from gkd_hf.data.domains import Domain, LabelSpace, label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
-from gkd_hf.data.manifest import Manifest
+from gkd_hf.data.manifest import find_manifest
 from gkd_hf.data.shards import count_rows, is_hub_id, open_rows
 from gkd_hf.data.toy_city import STYLES, write_shards
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
@@ -100,7 +100,8 @@ class RecipeData:
 
     def label_map(self, name: str) -> LabelMap:
         """The map from a domain's stored ids to the train ids of the label space."""
-        given = self.recipe.data.label_maps.get(name, self._stored_ids(name))
+        maps = self.recipe.data.label_maps
+        given = maps[name] if name in maps else self._stored_ids(name)
         try:
             return label_map(given, len(self.label_space.classes))
         except InputError as error:
@@ -108,10 +109,11 @@ class RecipeData:
 
     def _stored_ids(self, name: str) -> str:
         """The map that a domain's labels need unless the recipe names another: none where they are prepared."""
-        location = self.location(name)
-        manifest = Manifest.read(Path(location)) if os.path.isdir(location) else None
-        prepared = manifest is not None and manifest.labels == "train_ids"
-        return "identity" if prepared else recipe_domain(name).label_map
+        own = recipe_domain(name).label_map
+        if own == "identity":
+            return own  # without asking the Hub
+        manifest = find_manifest(self.location(name), self.revision(name))
+        return "identity" if manifest is not None and manifest.labels == "train_ids" else own
 
     def rows(self, use: DataUse) -> datasets.IterableDataset:
         """The undecoded rows of a split."""
