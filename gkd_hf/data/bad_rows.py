@@ -1,56 +1,51 @@
-"""The rows that a stream skipped: counted by reason, and found again in their shards."""
+"""The rows that a stream skips: named, counted by reason, and too many of them refused."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
-import pyarrow.parquet as pq
-
-from gkd_hf.data.shards import find_shards, readable
+from gkd_hf.errors import InputError
 
 _DETAIL = re.compile(r"\s*\(.*", re.DOTALL)
-_BATCH_ROWS = 16
+_SHOWN = 10
 
 
-def count_by_reason(entries: Iterable[Mapping[str, str]]) -> dict[str, int]:
-    """Count the entries ``{domain, id, reason}`` of skipped rows, each row once, by reason without its details.
+class WrongLabel(InputError):
+    """A label that could be read but is none: missing, in colours, or with values that its map does not list.
+
+    Attributes:
+        reason: for lists of skipped rows: the column, a colon and what is wrong; what differs between rows of one
+            reason stands in parentheses.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)  # both, or it could not leave a worker process
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def count_by_reason(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the entries of skipped rows, each row once, by reason without its details.
 
     The most frequent reason comes first, reasons of one count in alphabetical order.
     """
-    distinct = {(entry.get("domain"), entry["id"]): _DETAIL.sub("", entry["reason"]) for entry in entries}
-    counts = Counter(distinct.values())
+    counts = Counter(_DETAIL.sub("", entry["reason"]) for entry in distinct(entries))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def locate_rows(entries: Sequence[Mapping[str, str]], location: str | os.PathLike, split: str) -> list[dict]:
-    """Find skipped rows in a folder of shards.
-
-    Args:
-        entries: ``{domain, id, reason}`` of rows of this folder and split, as streams report them.
-        location, split: of ``open_rows``.
-
-    Returns ``{domain, id, reason, shard, row}`` in the order of the shards, with the shard's path relative to the
-    folder and the row counted from 0 within the shard. Rows that share an id are all listed; an id that is not there
-    (the data changed since) has None for both and comes last. Only the column that names the rows is read, or all
-    image bytes where they have neither ids nor file names. Raises ``InputError`` as ``find_shards`` and for an
-    unreadable shard.
-    """
-    by_id = {entry["id"]: dict(entry) for entry in entries}
-    if not by_id:
-        return []
-    found, missing = [], set(by_id)
-    for shard in find_shards(os.fspath(location), split):
-        name = Path(shard).relative_to(location).as_posix()
-        for row, identity in enumerate(readable(_identities(shard), shard)):
-            if identity in by_id:
-                found.append({**by_id[identity], "shard": name, "row": row})
-                missing.discard(identity)
-    return found + [{**by_id[identity], "shard": None, "row": None} for identity in by_id if identity in missing]
+def distinct(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the entry of each skipped row once: rows are told apart by their places, or else by their ids."""
+    found: dict[Hashable, Mapping[str, Any]] = {}
+    for entry in entries:
+        found.setdefault(_key(entry), entry)
+    return list(found.values())
 
 
 def row_identity(row: Mapping) -> str:
@@ -63,11 +58,83 @@ def row_identity(row: Mapping) -> str:
     return "sha1:" + hashlib.sha1(image.get("bytes") or b"").hexdigest()[:12]
 
 
-def _identities(shard: str) -> Iterator[str]:
-    with pq.ParquetFile(shard) as file:
-        columns = ["image"]
-        if "id" in file.schema_arrow.names:
-            named = file.read(columns=["id"])["id"].null_count == 0
-            columns = ["id"] if named else ["id", "image"]
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            yield from map(row_identity, batch.to_pylist())
+def check_bad_rows(domain: str, entries: Sequence[Mapping[str, Any]], num_rows: int, limit: float) -> None:
+    """Raise `InputError` if more than ``limit`` of a domain's ``num_rows`` rows, and more than one, are bad.
+
+    Args:
+        entries: of the domain's bad rows, ``{domain, id, reason, shard, row}``; a row that is there twice counts once.
+    """
+    entries = distinct(entries)
+    if len(entries) > max(1.0, limit * num_rows):
+        raise _too_many(domain, entries, f"among {num_rows}", limit)
+
+
+class BadRows:
+    """The bad rows of one domain that one reader has met, and the rule for stopping.
+
+    Args:
+        domain: its name.
+        limit: the largest fraction of bad rows that is skipped.
+        num_rows: tells how many rows the domain has; asked only when there is more than one bad row.
+    """
+
+    def __init__(self, domain: str, limit: float, num_rows: Callable[[], int]) -> None:
+        self._domain = domain
+        self._limit = limit
+        self._num_rows = num_rows
+        self._entries: dict[Hashable, Mapping[str, Any]] = {}
+        self.attempted = 0
+
+    def add(self, row: Mapping, reason: str, place: tuple[str | None, int | None]) -> dict[str, Any]:
+        """Note one bad row, at a place of `ShardRows.place` or (None, None); returns its entry for the report.
+
+        Raises ``InputError`` if they are too many: judged against all rows of the domain, and earlier when what was
+        read so far leaves no doubt (four standard deviations), so that neither a few bad rows met early stop a run
+        nor a rotten data set runs for long.
+        """
+        entry = {"domain": self._domain, "id": row_identity(row), "reason": reason}
+        entry |= {"shard": place[0], "row": place[1]}
+        if _key(entry) in self._entries:
+            return entry
+        self._entries[_key(entry)] = entry
+        bad = len(self._entries)
+        if bad > 1:
+            num_rows = self._num_rows()
+            expected = self._limit * min(self.attempted, num_rows)
+            among = None
+            if bad > self._limit * num_rows:
+                among = f"among {num_rows}"
+            elif bad > expected + 4 * math.sqrt(expected) + 3:
+                among = f"among {num_rows}, of which only {self.attempted} were looked at"
+            if among is not None:
+                raise _too_many(self._domain, list(self._entries.values()), among, self._limit)
+        return entry
+        self._entries[_key(entry)] = entry
+        bad = len(self._entries)
+        if bad > 1:
+            num_rows = self._num_rows()
+            expected = self._limit * min(self.attempted, num_rows)
+            limit = 0.0 if bad > expected + 4 * math.sqrt(expected) + 3 else self._limit
+            if bad > limit * num_rows:
+                check_bad_rows(self._domain, list(self._entries.values()), num_rows, limit)
+        return entry
+
+
+def _too_many(domain: str, entries: Sequence[Mapping[str, Any]], among: str, limit: float) -> InputError:
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in count_by_reason(entries).items())
+    shown = "; ".join(f"{_place(entry)} ({entry['reason']})" for entry in entries[:_SHOWN])
+    advice = "Repair or remove such rows"
+    if any(entry["reason"].startswith("label: ") for entry in entries):
+        advice += ", or correct the label map: a contact sheet of the data shows what its labels mean"
+    return InputError(
+        f"domain '{domain}': {len(entries)} bad rows {among}, more than the {limit:.1%} that may be skipped: "
+        f"{reasons}. The first are {shown}. {advice}"
+    )
+
+
+def _key(entry: Mapping[str, Any]) -> Hashable:
+    return entry.get("domain"), entry["id"] if entry.get("shard") is None else (entry["shard"], entry["row"])
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    return entry["id"] if entry.get("shard") is None else f"{entry['id']} in {entry['shard']} row {entry['row']}"

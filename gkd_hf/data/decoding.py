@@ -15,9 +15,9 @@ A label cell becomes its stored ids:
 
 The row is skipped, counted and reported (`CorruptImage`) if a cell is empty (an image only), has zero bytes, names a
 file that cannot be read, holds bytes that are no image or are truncated or damaged, has floating-point pixels, or is a
-decompression bomb of more than `MAX_PIXELS`. What shows a wrong data set or label map rather than a bad row stops the
-run with an `InputError`: a missing label, a label in colours, a label of another size than its image, a label value
-outside the map. `gkd_hf.data.bad_rows` counts skipped rows by reason and finds their shards.
+decompression bomb of more than `MAX_PIXELS`. So is a row whose label is missing (`WrongLabel`), in colours, of another
+size than its image, or has values outside the map: some published data sets have a few of them, and where a wrong map
+makes them many the run stops all the same. `gkd_hf.data.bad_rows` counts skipped rows by reason and judges them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from gkd_hf.errors import InputError
+from gkd_hf.data.bad_rows import WrongLabel
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are skipped as decompression bombs (Pillow's own limit for an error)."""
@@ -149,11 +149,14 @@ def decode_image(
 def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
     """Decode a label cell to its stored ids, H×W (uint8, uint16 or int32), by the rules of the module.
 
-    Raises ``CorruptImage`` for unreadable bytes, and ``InputError`` naming ``where`` for a missing label or for one
+    Raises ``CorruptImage`` for unreadable bytes, and ``WrongLabel`` naming ``where`` for a missing label or for one
     that stores colours in place of ids.
     """
     if cell is None:
-        raise InputError(f"{where}: the row has no label; remove the row, or use the data for label-free stages only")
+        raise WrongLabel(
+            f"{where}: the row has no label; remove the row, or use the data for label-free stages only",
+            "label: missing",
+        )
     image = _open(cell, "label")
     if image.mode in ("L", "P") or image.mode.startswith("I"):
         return np.asarray(image)
@@ -165,7 +168,8 @@ def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
         pixels = np.asarray(image)
         if (pixels == pixels[..., :1]).all():
             return np.ascontiguousarray(pixels[..., 0])
-    raise InputError(
+    raise WrongLabel(
         f"{where}: the label is a picture of mode {image.mode} (colours), not one integer id per pixel; "
-        "convert it to a single-channel PNG of ids"
+        "convert it to a single-channel PNG of ids",
+        f"label: colours in place of ids (mode {image.mode})",
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gkd_hf.data.bad_rows import WrongLabel
 from gkd_hf.data.domains import CITYSCAPES_CLASSES, IGNORE_INDEX, MAX_CLASSES
 from gkd_hf.errors import InputError, nearest
 
@@ -100,7 +101,7 @@ class LabelMap:
     def apply(self, label: np.ndarray, where: str) -> np.ndarray:
         """Return the train ids (uint8) of ``label`` (any integer type, H×W).
 
-        Raises ``InputError`` naming ``where`` and at most ten of the values that the map does not list.
+        Raises ``WrongLabel`` naming ``where`` and at most ten of the values that the map does not list.
         """
         if label.dtype == np.uint8:
             mapped = self._lookup.take(label)
@@ -110,9 +111,10 @@ class LabelMap:
         if (mapped == _UNKNOWN).any():
             values = np.unique(label[mapped == _UNKNOWN])
             shown = ", ".join(str(value) for value in values[:10]) + (", …" if len(values) > 10 else "")
-            raise InputError(
+            raise WrongLabel(
                 f"{where}: label value(s) {shown} are not in the label map '{self.name}' "
-                f"(it lists {self._listed()}); correct the label map in the recipe or the label image"
+                f"(it lists {self._listed()}); correct the label map in the recipe or the label image",
+                f"label: values outside the map ({shown}; '{self.name}' lists {self._listed()})",
             )
         return mapped
 

@@ -76,6 +76,10 @@ class ShardOrder:
         """Return the raw row at ``position``, over all passes."""
         return self._rows[self._index(position)]
 
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the name of the row's shard, and the row counted from 0 within it."""
+        return self._rows.place(self._index(position))
+
     def release(self, position: int) -> None:
         """Nothing is held for positions before this one."""
 

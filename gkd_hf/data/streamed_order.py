@@ -74,6 +74,10 @@ class StreamedOrder:
             self._window.append(next(self._source))
         return self._window[index - self._first]
 
+    def place(self, index: int) -> tuple[None, None]:
+        """Return that nobody knows where a streamed row is stored."""
+        return None, None
+
     def release(self, index: int) -> None:
         """Forget the rows before ``index``: they will not be asked for again."""
         while self._first < index and self._source is not None:

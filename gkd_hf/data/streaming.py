@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import PIL.Image
 import torch
 import torch.utils.data
 
-from gkd_hf.data.bad_rows import row_identity
+from gkd_hf.data.bad_rows import BadRows, WrongLabel, row_identity
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
@@ -49,53 +48,6 @@ class DataError(InputError):
         super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
-def check_bad_rows(domain: str, entries: Sequence[dict[str, str]], num_rows: int, limit: float) -> None:
-    """Raise `InputError` if more than ``limit`` of a domain's ``num_rows`` rows, and more than one, are corrupt.
-
-    Args:
-        entries: the distinct corrupt rows, ``{domain, id, reason}``.
-    """
-    if len(entries) > max(1.0, limit * num_rows):
-        shown = "; ".join(f"{entry['id']} ({entry['reason']})" for entry in entries[:10])
-        more = f"; and {len(entries) - 10} more" if len(entries) > 10 else ""
-        raise InputError(
-            f"domain '{domain}': {len(entries)} corrupt rows among {num_rows}, more than the {limit:.1%} that may be "
-            f"skipped: {shown}{more}. Repair or remove these rows"
-        )
-
-
-class _BadRows:
-    """The distinct corrupt rows that one reader has met, and the rule for stopping."""
-
-    def __init__(self, domain: str, limit: float, num_rows: Callable[[], int]) -> None:
-        self._domain = domain
-        self._limit = limit
-        self._num_rows = num_rows
-        self._entries: dict[str, dict[str, str]] = {}
-        self.attempted = 0
-
-    def add(self, row: dict, reason: str) -> dict[str, str]:
-        """Note one corrupt row; returns its entry for the report."""
-        identity = row_identity(row)
-        entry = {"domain": self._domain, "id": identity, "reason": reason}
-        self._entries.setdefault(identity, entry)
-        return entry
-
-    def check(self) -> None:
-        """Raise ``InputError`` if more than ``limit`` of the rows, and more than one, are corrupt.
-
-        Judged against all rows of the domain, and earlier when what was read so far leaves no doubt (four standard
-        deviations), so that neither a few bad rows met early stop a run nor a rotten data set runs for long.
-        """
-        bad = len(self._entries)
-        if bad <= 1:
-            return
-        expected = self._limit * min(self.attempted, self._num_rows())
-        certain = bad > expected + 4 * math.sqrt(expected) + 3
-        limit = 0.0 if certain else self._limit
-        check_bad_rows(self._domain, list(self._entries.values()), self._num_rows(), limit)
-
-
 class _RowDecoder:
     """Raw row → upright RGB image and, if there is a label map, train ids; checks that they belong together."""
 
@@ -111,16 +63,19 @@ class _RowDecoder:
         image = decode_image(row["image"], f"domain '{self._domain}'", min_size=min_size)
         if self._label_map is None:
             return image, None
-        where = f"domain '{self._domain}', row '{row_identity(row)}'"  # which may hash all bytes of the image
         if "label" not in row:
             raise InputError(f"domain '{self._domain}': no column 'label' (columns present: {', '.join(row)})")
-        label = decode_label(row["label"], where)
-        if label.shape != (image.height, image.width):
-            raise InputError(
-                f"{where}: the image is {image.width}×{image.height} but its label is "
-                f"{label.shape[1]}×{label.shape[0]} pixels; every label must have its image's size"
-            )
-        return image, self._label_map.apply(label, where)
+        where = f"domain '{self._domain}'"
+        try:
+            label = decode_label(row["label"], where)
+            if label.shape != (image.height, image.width):
+                raise CorruptImage(
+                    f"label: of another size than its image ({label.shape[1]}×{label.shape[0]}, "
+                    f"the image {image.width}×{image.height})"
+                )
+            return image, self._label_map.apply(label, where)
+        except WrongLabel as error:
+            raise CorruptImage(error.reason) from error
 
 
 def _undecoded(rows: Rows) -> Rows:
@@ -158,7 +113,8 @@ class SampleStream(torch.utils.data.IterableDataset):
     further splitting. Samples before ``start`` are skipped without being decoded, nor read where ``rows`` are
     `ShardRows`.
 
-    A corrupt row's place is taken by the next readable row, and the row is reported under ``bad_rows``.
+    A row that cannot be decoded, or whose label is missing, in colours, of another size than its image or outside the
+    map, is skipped: the next good row takes its place, and it is reported under ``bad_rows``.
 
     Args:
         rows: from ``open_rows``, or any ``IterableDataset`` with an ``image`` (and ``label``, ``id``) column, which
@@ -172,12 +128,13 @@ class SampleStream(torch.utils.data.IterableDataset):
         buffer_size: rows in the shuffle buffer of an ``IterableDataset`` (at most 256 MiB of them, in each worker).
         domain: name for messages and reports.
         label_map: labels are decoded, mapped and yielded only if given.
-        bad_row_limit: largest fraction of corrupt rows that is skipped.
+        bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows in one pass of an ``IterableDataset`` if known; saves reading it once when resuming.
 
-    Yields ``{"pixel_values": float32 3×S×S, ["labels": int64 S×S], "index": g, "bad_rows": [{domain, id, reason}]}``.
-    Raises ``InputError`` for an empty or unreadable data set, too many corrupt rows, a label value outside the map,
-    and an image and label of different size.
+    Yields ``{"pixel_values": float32 3×S×S, ["labels": int64 S×S], "index": g, "bad_rows": [entry]}``, each entry
+    ``{domain, id, reason, shard, row}``: the shard's name within the data set and the row counted from 0 within it,
+    both None where rows are streamed.
+    Raises ``InputError`` for an empty or unreadable data set, and for too many bad rows.
     """
 
     def __init__(
@@ -243,7 +200,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         worker, num_workers = _worker()
         ordered = self._order()
         decode = _RowDecoder(self.domain, self.label_map)
-        bad = _BadRows(self.domain, self.bad_row_limit, lambda: ordered.num_rows)
+        bad = BadRows(self.domain, self.bad_row_limit, lambda: ordered.num_rows)
         global_batch = self.micro_batch_size * self.world_size
         for batch in itertools.count(worker, num_workers):
             first = self.start + batch * global_batch + self.rank * self.micro_batch_size
@@ -276,17 +233,16 @@ class SampleStream(torch.utils.data.IterableDataset):
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
 
     def _next_readable(
-        self, index: int, ordered: ShardOrder | StreamedOrder, decode: _RowDecoder, bad: _BadRows
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
-        reported: list[dict[str, str]] = []
+        self, index: int, ordered: ShardOrder | StreamedOrder, decode: _RowDecoder, bad: BadRows
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        reported: list[dict[str, Any]] = []
         for position in itertools.count(index):
             row = ordered.row(position)
             bad.attempted += 1
             try:
                 return self._transformed(row, index, decode), reported
             except CorruptImage as error:
-                reported.append(bad.add(row, str(error)))
-                bad.check()
+                reported.append(bad.add(row, str(error), ordered.place(position)))
             if len(reported) >= ordered.num_rows:
                 raise InputError(
                     f"no readable row in a whole pass ({len(reported)} rows); the first is {reported[0]['id']} "
@@ -304,12 +260,12 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         label_map, label_space: of the domain.
         domain: name for messages and reports.
         limit: use only the first ``limit`` images; ``None`` uses all.
-        bad_row_limit: largest fraction of corrupt rows that is skipped.
+        bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows of an ``IterableDataset`` if known, for progress bars alone.
 
     Yields ``{"pixel_values": float32 3×H×W, "labels": int64 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
-    where h×w is the image's own size. A corrupt row is left out and reported with the reader's next image (or its
-    last one); a reader whose whole share is corrupt yields one sample whose other entries are ``None``.
+    where h×w is the image's own size. A bad row is left out and reported with the reader's next image (or its
+    last one); a reader whose whole share is bad yields one sample whose other entries are ``None``.
     Raises ``InputError`` as ``SampleStream`` does.
     """
 
@@ -342,7 +298,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
 
     @property
     def share(self) -> int | None:
-        """Images of this process, corrupt ones included; None if the number of rows is not known."""
+        """Images of this process, bad ones included; None if the number of rows is not known."""
         if self.num_rows is None:
             return None
         images = self.num_rows if self.limit is None else min(self.limit, self.num_rows)
@@ -366,17 +322,16 @@ class EvaluationSet(torch.utils.data.IterableDataset):
             streamed = StreamedOrder(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
         decode = _RowDecoder(self.domain, self.label_map)
         num_rows = (lambda: len(self.rows)) if streamed is None else (lambda: streamed.num_rows)
-        bad = _BadRows(self.domain, self.bad_row_limit, num_rows)
-        # One sample is held back so that corrupt rows at the end still find one to travel with.
+        bad = BadRows(self.domain, self.bad_row_limit, num_rows)
+        # One sample is held back so that bad rows at the end still find one to travel with.
         held: dict[str, Any] | None = None
-        reported: list[dict[str, str]] = []
-        for row in self._own_rows(streamed):
+        reported: list[dict[str, Any]] = []
+        for place, row in self._own_rows(streamed):
             bad.attempted += 1
             try:
                 image, label = decode(row)
             except CorruptImage as error:
-                reported.append(bad.add(row, str(error)))
-                bad.check()
+                reported.append(bad.add(row, str(error), place))
                 continue
             if held is not None:
                 yield held
@@ -395,17 +350,17 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         held["bad_rows"] = held["bad_rows"] + reported
         yield held
 
-    def _own_rows(self, streamed: StreamedOrder | None) -> Iterator[dict]:
+    def _own_rows(self, streamed: StreamedOrder | None) -> Iterator[tuple[tuple[str | None, int | None], dict]]:
         worker, num_workers = _worker()
         reader, num_readers = self.rank + self.world_size * worker, self.world_size * num_workers
         if streamed is None:
             for index in range(len(self.rows))[: self.limit][reader::num_readers]:
-                yield self.rows[index]
+                yield self.rows.place(index), self.rows[index]
             return
         count = 0
         for count, row in enumerate(itertools.islice(streamed.one_pass(), self.limit), start=1):
             if (count - 1) % num_readers == reader:
-                yield row
+                yield (None, None), row
         if count == 0:
             raise InputError(f"domain '{self.domain}' has no rows: check the folder and the split")
 
@@ -425,7 +380,7 @@ def collate_evaluation(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Collect evaluation samples: ``labels``, ``image``, ``id`` lists, ``bad_rows`` one flat list.
 
     ``pixel_values`` is B×3×H×W when all images have one size, else a list of 3×H×W. All are empty lists when the
-    samples carry nothing but corrupt rows.
+    samples carry nothing but bad rows.
     """
     readable = [sample for sample in samples if sample["pixel_values"] is not None]
     pixel_values: Any = [sample["pixel_values"] for sample in readable]

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, default_data_collator
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream, check_bad_rows, collate, collate_evaluation
+from gkd_hf.data.bad_rows import check_bad_rows
+from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
 from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits

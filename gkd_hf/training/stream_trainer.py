@@ -17,7 +17,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from gkd_hf.data.streaming import SampleStream, check_bad_rows
+from gkd_hf.data.bad_rows import check_bad_rows, distinct
+from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import package_versions
 from gkd_hf.hub.model_card import GKDModelCard, RepoNames
@@ -108,7 +109,7 @@ class StreamTrainer(Trainer, ABC):
             dispatch_batches=False,
         )
 
-    def note_bad_rows(self, rows: list[dict[str, str]]) -> None:
+    def note_bad_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write rows that could not be read to the output folder at once, where a killed run finds them again.
 
         Raises:
@@ -124,14 +125,11 @@ class StreamTrainer(Trainer, ABC):
                 check_bad_rows(stream.domain, self.bad_rows, stream.num_rows, stream.bad_row_limit)
 
     @property
-    def bad_rows(self) -> list[dict[str, str]]:
+    def bad_rows(self) -> list[dict[str, Any]]:
         """The distinct rows that were skipped in this folder's run, over all processes and restarts."""
-        found = {}
-        for path in sorted(Path(self.args.output_dir).glob("bad_rows.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                found[row["domain"], row["id"]] = row
-        return list(found.values())
+        paths = sorted(Path(self.args.output_dir).glob("bad_rows.*.jsonl"))
+        lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
+        return distinct(json.loads(line) for line in lines)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 

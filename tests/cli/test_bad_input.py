@@ -238,7 +238,7 @@ def test_one_corrupt_row_is_listed_and_many_stop_the_run(run_gkd: ModuleType, re
         rows[index]["image"] = b"not an image"
     write_shard(recipe.parent / "data", "train", rows)
     message = refused(f"output_dir={recipe.parent / 'again'}", "stages.domain_agnostic.max_steps=12")
-    assert "corrupt rows among 24" in message
+    assert "bad rows among 24" in message
     assert "domain 'custom'" in message
 
 

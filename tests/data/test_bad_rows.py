@@ -1,4 +1,4 @@
-"""A set of shards with every kind of bad or odd row: what is streamed, skipped, counted and found again."""
+"""A set of shards with every kind of bad or odd row: what is streamed, skipped, counted and told with its place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gkd_hf.data.bad_rows import count_by_reason, locate_rows
+from gkd_hf.data.bad_rows import count_by_reason
 from gkd_hf.data.decoding import decode_image
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import label_map
@@ -78,6 +78,9 @@ SKIPPED_IMAGES = {
 SKIPPED_LABELS = {
     "label is text": (b"no picture", "label: not an image"),
     "label has zero bytes": (b"", "label: zero bytes"),
+    "label outside the map": (encode(LABEL + 5), "label: values outside the map (5, 6; 'identity' lists 0–1, 255)"),
+    "label too small": (encode(LABEL[:, :6]), "label: of another size than its image (6×8, the image 8×8)"),
+    "label in colours": (encode(np.dstack([LABEL, LABEL, 0 * LABEL])), "label: colours in place of ids (mode RGB)"),
 }
 GREY = np.repeat(NOISE[..., :1], 3, axis=-1)
 RED = np.broadcast_to(np.uint8([255, 0, 0]), (SIZE, SIZE, 3))
@@ -128,9 +131,14 @@ def test_each_odd_image_becomes_the_stated_pixels(name: str):
     assert np.array_equal(np.asarray(decode_image({"bytes": data, "path": None}, "w")), expected)
 
 
+def assert_placed(entry: dict, places: dict[str, int]) -> None:
+    shard, row = divmod(places[entry["id"]], PER_SHARD)
+    assert (entry["shard"], entry["row"]) == (f"train-{shard:05d}-of-00007.parquet", row), entry
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_goes_through_every_kind_and_loses_the_stated_rows_only(mixed, workers):
-    folder, reasons, _ = mixed
+    folder, reasons, places = mixed
     stream = SampleStream(
         open_rows(folder, "train"),
         SegmentationTransform(SIZE, MEAN, STD, short_sides=(SIZE,), photometric=False, max_class_fraction=1.0),
@@ -149,6 +157,7 @@ def test_training_goes_through_every_kind_and_loses_the_stated_rows_only(mixed, 
     assert {entry["id"] for entry in reported} == set(reasons)
     for entry in reported:
         assert entry["domain"] == "city" and entry["reason"].startswith(reasons[entry["id"]]), entry
+        assert_placed(entry, places)
 
 
 def test_evaluation_sees_every_row_but_the_stated_ones_and_each_is_counted_and_found(mixed):
@@ -167,15 +176,12 @@ def test_evaluation_sees_every_row_but_the_stated_ones_and_each_is_counted_and_f
         expected[place]["id"] = name
     assert seen == [row["id"] for row in expected if row["id"] not in reasons]
     counts = count_by_reason(reported + reported)  # a second pass changes nothing
-    assert sum(counts.values()) == len(reasons) == 9
+    assert sum(counts.values()) == len(reasons) == 12
     assert counts.pop("image: zero bytes") == 2
-    assert set(counts.values()) == {1} and len(counts) == 7
-    found = locate_rows(reported, folder, "train")
-    assert len(found) == len(reasons)
-    for entry in found:
-        shard, row = divmod(places[entry["id"]], PER_SHARD)
-        assert entry["shard"] == f"train-{shard:05d}-of-00007.parquet" and entry["row"] == row
+    assert set(counts.values()) == {1} and len(counts) == 10
+    for entry in reported:
         assert entry["reason"].startswith(reasons[entry["id"]])
+        assert_placed(entry, places)
 
 
 def test_more_than_the_limit_stops_with_the_reasons(mixed):
@@ -183,31 +189,33 @@ def test_more_than_the_limit_stops_with_the_reasons(mixed):
         open_rows(mixed[0], "train"), lambda image, rng, label: {"pixel_values": torch.zeros(1)},
         seed=0, micro_batch_size=1, domain="city", label_map=TWO_CLASSES, bad_row_limit=0.05, num_rows=ROWS,
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"domain 'city': \d corrupt rows among 64, more than the 5.0% that may be"):
+    with pytest.raises(InputError, match=r"domain 'city': \d bad rows among 64, more than the 5.0% that may be"):
         for _ in zip(range(2 * ROWS), stream, strict=False):
             pass
 
 
-@pytest.mark.parametrize(
-    ("label", "told"),
-    [
-        (encode(LABEL + 5), r"label value\(s\) 5, 6 are not in the label map"),
-        (encode(LABEL[:, :6]), "the image is 8×8 but its label is 6×8 pixels"),
-        (encode(COLOURS), "the label is a picture of mode RGB"),
-    ],
-)
-def test_a_wrong_label_is_no_bad_row_but_stops_the_run(write_folder, label, told):
-    folder = write_folder(make_rows(6, labels={2: label}))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_wrong_map_stops_the_run_soon_and_says_why(write_folder, workers):
+    folder = write_folder(make_rows(600, labels={row: encode(LABEL + 5 * (row % 9 > 0)) for row in range(600)}))
     stream = SampleStream(
         open_rows(folder, "train"), lambda image, rng, label: {"pixel_values": torch.zeros(1)},
-        seed=0, micro_batch_size=1, domain="city", label_map=TWO_CLASSES, bad_row_limit=0.9,
+        seed=0, micro_batch_size=1, domain="city", label_map=TWO_CLASSES,
     )  # fmt: skip
-    with pytest.raises(InputError, match=f"domain 'city', row 'row002': {told}"):
-        for _ in zip(range(6), stream, strict=False):
-            pass
+    seen = []
+    with pytest.raises(InputError) as caught:
+        seen.extend(DataLoader(stream, 1, collate_fn=collate, num_workers=workers))
+    assert len(seen) < 10
+    message = str(caught.value)
+    assert message.startswith("domain 'city': 4 bad rows among 600, of which only 4 were looked at, more than ")
+    assert (
+        "the 1.0% that may be skipped: 4 × label: values outside the map. The first are row" in message
+        and "\n" not in message
+    )
+    assert "-of-00060.parquet row " in message and "(5, 6; 'identity' lists 0–1, 255)" in message
+    assert message.endswith("or correct the label map: a contact sheet of the data shows what its labels mean")
 
 
-def test_rows_without_ids_are_found_by_their_bytes(write_folder):
+def test_rows_without_ids_are_told_apart_by_their_places(write_folder):
     rows = [{"image": row_image(number)} for number in range(7)]
     rows[2]["image"] = rows[5]["image"] = b"a text"
     stream = SampleStream(
@@ -215,12 +223,10 @@ def test_rows_without_ids_are_found_by_their_bytes(write_folder):
         lambda image, rng: {"pixel_values": torch.zeros(1)},
         seed=0, micro_batch_size=1, domain="pool", bad_row_limit=0.5,
     )  # fmt: skip
-    reported = [entry for _, sample in zip(range(7), stream, strict=False) for entry in sample["bad_rows"]]
-    found = locate_rows(reported, write_folder(rows, per_shard=4), "train")
-    assert [(entry["shard"], entry["row"]) for entry in found] == [
+    reported = [entry for _, sample in zip(range(14), stream, strict=False) for entry in sample["bad_rows"]]
+    assert {(entry["shard"], entry["row"]) for entry in reported} == {
         ("train-00000-of-00002.parquet", 2),
         ("train-00001-of-00002.parquet", 1),
-    ]
-    gone = [{"domain": "pool", "id": "gone", "reason": "image: zero bytes"}]
-    assert locate_rows(gone, write_folder(rows, per_shard=4), "train")[0]["shard"] is None
-    assert locate_rows([], "/nowhere", "train") == []
+    }
+    assert len({entry["id"] for entry in reported}) == 1
+    assert count_by_reason(reported) == {"image: not an image": 2}

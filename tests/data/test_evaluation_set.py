@@ -121,17 +121,24 @@ def test_a_share_of_corrupt_rows_only_still_reports_them(write_folder):
 
 def test_too_many_corrupt_rows_stop(write_folder):
     folder = write_folder(make_rows(20, images={1: b"x", 2: b"y"}), split="test")
-    with pytest.raises(InputError, match="2 corrupt rows among 20, more than the 1.0%"):
+    with pytest.raises(InputError, match="2 bad rows among 20, more than the 1.0%"):
         list(make_set(folder))
     assert len(list(make_set(folder, bad_row_limit=0.1))) == 18
 
 
 def test_wrong_use_is_explained(write_folder):
-    folder = write_folder(make_rows(3, labels={1: encode(np.full((8, 8), 9, np.uint8))}), split="test")
     with pytest.raises(InputError, match="limit is 0"):
-        make_set(folder, limit=0)
-    with pytest.raises(InputError, match=r"row 'row001': label value\(s\) 9"):
-        list(make_set(folder))
+        make_set(write_folder(make_rows(3), split="test"), limit=0)
+
+
+def test_a_wrong_label_is_left_out_too(write_folder):
+    labels = {3: encode(np.full((8, 8), 9, np.uint8)), 5: encode(np.zeros((4, 4), np.uint8))}
+    ids, bad_rows = loaded(
+        make_set(write_folder(make_rows(7, labels=labels), per_shard=4, split="test"), bad_row_limit=0.3)
+    )
+    assert len(ids) == 5 and [(entry["id"], entry["row"]) for entry in bad_rows] == [("row003", 3), ("row005", 1)]
+    assert bad_rows[0]["reason"] == "label: values outside the map (9; 'identity' lists 0–1, 255)"
+    assert bad_rows[1]["reason"] == "label: of another size than its image (4×4, the image 8×8)"
 
 
 @pytest.mark.skipif("GKD_REFERENCE_DATA" not in os.environ, reason="GKD_REFERENCE_DATA is not set")

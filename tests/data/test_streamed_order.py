@@ -61,6 +61,17 @@ def test_a_wrong_number_of_rows_is_noticed():
         first(make_stream(streamed(10), num_rows=11), 12)
 
 
+def test_rows_without_an_id_are_named_by_their_bytes():
+    cells = [{"image": {"bytes": row["image"], "path": None}} for row in make_rows(250, images={5: b"x", 6: b"y"})]
+    stream = make_stream(datasets.Dataset.from_list(cells).to_iterable_dataset())
+    reported = [entry for _, sample in zip(range(500), stream, strict=False) for entry in sample["bad_rows"]]
+    assert len({entry["id"] for entry in reported}) == 2
+    assert all(entry["id"].startswith("sha1:") and entry["shard"] is entry["row"] is None for entry in reported)
+    same = datasets.Dataset.from_list([{"image": {"bytes": b"", "path": None}}] * 5).to_iterable_dataset()
+    with pytest.raises(InputError, match="no readable row in a whole pass"):
+        first(make_stream(same), 1)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [HTTPError("Server\ndisconnected"), pa.ArrowInvalid("Corrupt\nsnappy data")])
 def test_a_stream_that_breaks_off_is_told_in_one_line(error, workers):

@@ -455,7 +455,7 @@ def test_too_many_corrupt_images_stop_the_evaluation_whatever_the_workers(worker
     images = evaluation_set()
     images.rows = data.to_iterable_dataset()
     trainer = segmentation_trainer(tmp_path, dataloader_num_workers=workers)
-    with pytest.raises(InputError, match="domain 'toy_city:night': [234] corrupt rows among 40"):
+    with pytest.raises(InputError, match="domain 'toy_city:night': [234] bad rows among 40"):
         trainer.evaluate_domains({"toy_city:night": images})
 
 
