@@ -1,6 +1,8 @@
 """One process of a test run: a few optimiser steps of stage 1 or 2, with what it saw and what it learnt written down.
 
-accelerate launch --multi_gpu --num_processes 2 tests/distributed/run_stage.py STAGE OUT WORLD MICRO ACCUMULATION
+accelerate launch --multi_gpu --num_processes 2 tests/distributed/run_stage.py STAGE OUT WORLD MICRO ACCUMULATION STOP
+
+STOP is the step after which it ends, as if interrupted; started again in the same folder it goes on.
 """
 
 from __future__ import annotations
@@ -30,14 +32,24 @@ class Gradients(TrainerCallback):
             self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def main(stage: str, out: str, world: str, micro: str, accumulation: str) -> None:
+class Stop(TrainerCallback):
+    """End the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def main(stage: str, out: str, world: str, micro: str, accumulation: str, stop: str) -> None:
     """Train, assert the number of processes, write gradients.safetensors, weights.safetensors and seen.RANK.json."""
     folder, seen = Path(out), []
     settings = {
         "per_device_train_batch_size": int(micro),
         "gradient_accumulation_steps": int(accumulation),
         "max_steps": 4,
-        "save_strategy": "no",
+        "save_steps": 2,
     }
     set_seed(0)
     if stage == "distil":
@@ -56,7 +68,8 @@ def main(stage: str, out: str, world: str, micro: str, accumulation: str) -> Non
     assert trainer.args.world_size == int(world), f"{trainer.args.world_size} processes, not {world}"
     gradients = Gradients()
     trainer.add_callback(gradients)
-    trainer.train()
+    trainer.add_callback(Stop(int(stop)))
+    trainer.train(resume_from_checkpoint=True)
     rank = trainer.args.process_index
     (folder / f"seen.{rank}.json").write_text(json.dumps(seen))
     result = {"logs": [entry for entry in trainer.state.log_history if "loss" in entry]}

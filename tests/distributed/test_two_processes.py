@@ -36,10 +36,10 @@ def run_launched(script: str, *arguments: object, processes: int) -> str:
     return run.stdout
 
 
-def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1) -> Path:
-    out.mkdir(parents=True)
+def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1, stop: int = 4) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
     script = "tests/distributed/run_stage.py"
-    run_launched(script, stage, out, processes, micro, accumulation, processes=processes)
+    run_launched(script, stage, out, processes, micro, accumulation, stop, processes=processes)
     return out
 
 
@@ -71,6 +71,20 @@ def test_two_processes_equal_one(stage: str, tmp_path: Path) -> None:
         assert results[0]["images"] == single["images"] == 5
         total = torch.tensor(results[0]["confusion"]).sum()
         assert total == torch.tensor(single["confusion"]).sum()
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Path) -> None:
+    """The order hangs on no process."""
+    one = launch("distil", tmp_path / "one", 1, 8)
+    broken = launch("distil", tmp_path / "broken", 1, 8, stop=2)
+    first = json.loads((broken / "seen.0.json").read_text())
+    launch("distil", broken, 2, 4)
+    then = [json.loads((broken / f"seen.{rank}.json").read_text()) for rank in (0, 1)]
+    assert first[:16] == list(range(16))
+    assert [then[0][:8], then[1][:8]] == [[*range(16, 20), *range(24, 28)], [*range(20, 24), *range(28, 32)]]
+    expected = load_file(one / "weights.safetensors")
+    for name, weight in load_file(broken / "weights.safetensors").items():
+        assert torch.allclose(weight.float(), expected[name].float(), atol=1e-4), name
 
 
 def test_a_recipe_runs_on_two_processes(tmp_path: Path) -> None:
