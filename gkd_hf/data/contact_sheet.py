@@ -25,10 +25,10 @@ from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, open_rows, readable
 from gkd_hf.errors import InputError
 
-_TILE_AREA = 72_000  # pixels of one picture: two pairs of street scenes fill a row
+_TILE_AREA = 72_000  # pixels of one picture, if two pairs of them fit into a row
 _SHEET_WIDTH = 1400
 _MARGIN, _GAP = 24, 20
-_CAPTION_HEIGHT, _ENTRY_HEIGHT, _ENTRY_WIDTH = 22, 24, 268
+_CAPTION_HEIGHT, _ENTRY_HEIGHT, _ENTRY_WIDTH = 22, 24, 300
 _LABEL_OPACITY = 0.65
 _STRIPE = 5
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (130, 130, 130)
@@ -105,11 +105,11 @@ def contact_sheet(
         raise InputError(f"{where}: no rows to show; check the folder and the split")
     if all(sample.image is None for sample in samples):
         raise InputError(f"{where}: none of the {len(samples)} rows looked at is readable; {samples[0].problem}")
-    of_total = "" if total is None else f" of {total:,}"
     heading = [title] if title else []
-    heading.append(f"{where if total is not None else ''}  {len(samples)}{of_total} images".strip())
+    shown = "shown" if total is None else f"of {total:,} images"
+    heading.append(f"{'' if total is None else where}  {len(samples)} {shown}".strip())
     if bad := sum(bool(sample.problem) for sample in samples):
-        heading.append(f"{bad} of these {len(samples)} are bad, {_SEE_BELOW}")
+        heading.append(f"bad: {bad} of {len(samples)}, {_SEE_BELOW}")
     return _draw(samples, heading, _legend(label_map, label_space, pixels, unlisted), label_space)
 
 
@@ -183,7 +183,7 @@ def _train_ids(label: np.ndarray, label_map: LabelMap) -> tuple[np.ndarray, list
 
 def _tile_size(aspect: float) -> tuple[int, int]:
     """Width and height of a picture of this width / height; extreme panoramas still fit the sheet."""
-    width = min(math.sqrt(_TILE_AREA * aspect), (_SHEET_WIDTH - 2 * _MARGIN) / 2)
+    width = min(math.sqrt(_TILE_AREA * aspect), (_SHEET_WIDTH - 2 * _MARGIN - _GAP) // 4)
     height = min(width / aspect, _SHEET_WIDTH)
     return max(1, round(height * aspect)), max(1, round(height))
 

@@ -108,7 +108,8 @@ def prepare(
         with _alone_in(out):
             manifest = _check_folder(out, settings, parts)
             if contact is not None:
-                save_sheet(raw_sheet(layout, next(iter(samples.values())), domain), contact)
+                split, found = next(iter(samples.items()))
+                save_sheet(raw_sheet(layout, found, f"{domain}, split '{split}', {len(found):,} images"), contact)
             if manifest is not None and (out / CARD).exists() and all(part.target.exists() for part in parts):
                 for name, split in manifest.splits.items():
                     limit.check(name, split.left_out)

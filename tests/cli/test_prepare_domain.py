@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 from huggingface_hub import constants
 
@@ -113,6 +114,48 @@ def test_push_and_load_back(main: Callable[..., int], raw: Path, tmp_path: Path,
     assert sorted(name for name in repo.files() if name.endswith("parquet")) == ["train-00000-of-00001.parquet"]
     hub.add_dataset("org/other", {"data/train-00000-of-00001.parquet": b"x"})
     assert main("--out", out, "--push-to-hub", "org/other", "--quiet") == 2
+
+
+def test_a_contact_sheet_comes_first_and_shows_a_wrong_map(
+    main: Callable[..., int], raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    magenta, out = (255, 0, 255), tmp_path / "out"
+
+    def sheet(path: Path) -> np.ndarray:
+        return np.asarray(PIL.Image.open(path))
+
+    wrong = ("custom", "--root", raw, "--out", out, "--classes", "left,right", "--quiet")
+    assert main(*wrong) == 2
+    said = capsys.readouterr().err
+    assert "6 × label: values outside the map" in said and "--contact" in said and said.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["contact.png"]
+    assert (sheet(out / "contact.png") == magenta).all(-1).sum() > 50_000
+    assert main("custom", "--root", raw, "--out", out, *CUSTOM) == 0
+    assert f"{out / 'contact.png'}: look at it" in capsys.readouterr().out
+    assert not (sheet(out / "contact.png") == magenta).all(-1).any()
+    # Of what is prepared, and of the shards of others, wherever they are.
+    (out / "contact.png").unlink()
+    assert main("--contact", "--out", out) == 0 and (out / "contact.png").exists()
+    (out / "manifest.json").unlink()
+    named = ("--contact", tmp_path / "two.png", "--out", out, "--classes", "left,right")
+    assert main(*named) == 2 and "name it" in capsys.readouterr().err
+    assert main("custom", *named) == 0
+    assert sheet(tmp_path / "two.png").shape == sheet(out / "contact.png").shape
+    assert main("custom", "--contact", tmp_path / "no" / "two.png", *named[2:]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_bad_samples_are_told(
+    main: Callable[..., int], raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "images" / "3.png").write_bytes(b"")
+    assert main("custom", "--root", raw, "--out", tmp_path / "out", *CUSTOM) == 2
+    said = capsys.readouterr().err
+    assert "only 1 % may be left out: 1 × image: zero bytes; namely 3 [" in said and said.count("\n") == 1
+    assert main("custom", "--root", raw, "--out", tmp_path / "out", *CUSTOM, "--max-bad", "0.2") == 0
+    told = "5 train images in 3 files; bad samples left out, see manifest.json: 1 train"
+    assert told in capsys.readouterr().out
+    assert "1 × image: zero bytes" in (tmp_path / "out" / "README.md").read_text()
 
 
 FULL_DISK = """
