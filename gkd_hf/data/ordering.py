@@ -17,9 +17,9 @@ from gkd_hf.data.rows import CACHE_BYTES, ShardRows
 _LANES = (8, 1024)
 
 
-def pass_order(rows: ShardRows, seed: int, number: int) -> np.ndarray:
-    """Return the indices of all rows (int64) in the order of pass ``number``; each pass has its own."""
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+def pass_order(rows: ShardRows, seed: int, number: int, source: int = 0) -> np.ndarray:
+    """Return the indices of all rows (int64) in the order of pass ``number``; each pass and source has its own."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, source)))
     ends = rows.group_rows.cumsum()
     return _lanes_in_turn(rows.group_rows, ends - rows.group_rows, num_lanes(rows), rng)
 
@@ -59,13 +59,14 @@ class ShardOrder:
         rows: of one split.
         seed: of the run.
         shuffle: a new order in each pass, or the stored order in every pass.
+        source: which of a mixture's sources it is.
     """
 
-    def __init__(self, rows: ShardRows, *, seed: int, shuffle: bool) -> None:
+    def __init__(self, rows: ShardRows, *, seed: int, shuffle: bool, source: int = 0) -> None:
         self._rows = rows
         self._shuffle = shuffle
         # A reader that replaces a bad row at the end of a pass looks into the next one and back.
-        self._pass = lru_cache(2)(lambda number: pass_order(rows, seed, number))
+        self._pass = lru_cache(2)(lambda number: pass_order(rows, seed, number, source))
 
     @property
     def num_rows(self) -> int:
@@ -79,9 +80,6 @@ class ShardOrder:
     def place(self, position: int) -> tuple[str, int]:
         """Return the name of the row's shard, and the row counted from 0 within it."""
         return self._rows.place(self._index(position))
-
-    def release(self, position: int) -> None:
-        """Nothing is held for positions before this one."""
 
     def _index(self, position: int) -> int:
         number, offset = divmod(position, len(self._rows))

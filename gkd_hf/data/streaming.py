@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -13,11 +14,11 @@ import PIL.Image
 import torch
 import torch.utils.data
 
-from gkd_hf.data.bad_rows import BadRows, WrongLabel, row_identity
+from gkd_hf.data.bad_rows import BadRows, WrongLabel, check_bad_rows, row_identity
 from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.data.ordering import ShardOrder
+from gkd_hf.data.mixing import MixedOrder, Source, check_sources
 from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, open_rows
 from gkd_hf.data.streamed_order import StreamedOrder
@@ -29,6 +30,7 @@ __all__ = [
     "DataError",
     "EvaluationSet",
     "SampleStream",
+    "Source",
     "collate",
     "collate_evaluation",
     "count_rows",
@@ -54,6 +56,7 @@ class _RowDecoder:
     def __init__(self, domain: str, label_map: LabelMap | None) -> None:
         self._domain = domain
         self._label_map = label_map
+        self.labelled = label_map is not None
 
     def __call__(
         self, row: dict, min_size: tuple[int, int] | None = None
@@ -158,16 +161,55 @@ class SampleStream(torch.utils.data.IterableDataset):
             raise InputError(f"seed is {seed}: it must be 0 or greater")
         if buffer_size < 1:
             raise InputError(f"buffer_size is {buffer_size}: it must be 1 or greater")
-        self.rows = _undecoded(rows)
+        self.sources = (Source(_undecoded(rows), domain, label_map, num_rows=num_rows),)
         self.transform = transform
         self.seed = seed
         self.shuffle = shuffle
         self.buffer_size = buffer_size
-        self.domain = domain
-        self.label_map = label_map
         self.bad_row_limit = bad_row_limit
-        self.num_rows = len(rows) if isinstance(rows, ShardRows) else num_rows
         self._place(micro_batch_size, rank, world_size, start)
+
+    @classmethod
+    def mixed(
+        cls, sources: Sequence[Source], transform: Callable[..., dict[str, torch.Tensor]], **settings: Any
+    ) -> SampleStream:
+        """Return the stream of several sources.
+
+        Without weights one pass is the union: each row of each source once, in one shuffled order. With weights each
+        1024 samples hold every source in its share, to 1/1024, and each source goes through its own passes.
+
+        Args:
+            sources: what to mix. transform: of all.
+            settings: ``seed``, ``micro_batch_size``, ``rank``, ``world_size``, ``start``, ``shuffle``, ``buffer_size``
+                and ``bad_row_limit``, which holds for each domain, as of the constructor.
+
+        Raises ``InputError`` as `check_sources` does.
+        """
+        check_sources(sources)
+        stream = cls(sources[0].rows, transform, **settings)
+        stream.sources = tuple(replace(source, rows=_undecoded(source.rows)) for source in sources)
+        return stream
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the sources."""
+        return tuple(source.domain for source in self.sources)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of all sources in one pass; None if that is not known yet."""
+        sizes = [source.size for source in self.sources]
+        return None if None in sizes else sum(sizes)
+
+    def check_bad_rows(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Raise ``InputError`` if the ``entries`` of bad rows are too many of a domain; one that repeats counts once.
+
+        Of a source whose number of rows is not known nothing can be said.
+        """
+        for source in self.sources:
+            if source.size is not None:
+                own = [entry for entry in entries if entry["domain"] == source.domain]
+                check_bad_rows(source.domain, own, source.size, self.bad_row_limit)
 
     def _place(self, micro_batch_size: int, rank: int, world_size: int, start: int) -> None:
         if micro_batch_size < 1 or not 0 <= rank < world_size or start < 0:
@@ -198,32 +240,22 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def _samples(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = _worker()
-        ordered = self._order()
-        decode = _RowDecoder(self.domain, self.label_map)
-        bad = BadRows(self.domain, self.bad_row_limit, lambda: ordered.num_rows)
+        order = MixedOrder(self.sources, seed=self.seed, shuffle=self.shuffle, buffer_size=self.buffer_size)
+        readers = [
+            (_RowDecoder(source.domain, source.label_map), BadRows(source.domain, self.bad_row_limit, num_rows))
+            for source, num_rows in zip(self.sources, order.row_counts(), strict=True)
+        ]
         global_batch = self.micro_batch_size * self.world_size
         for batch in itertools.count(worker, num_workers):
             first = self.start + batch * global_batch + self.rank * self.micro_batch_size
             for index in range(first, first + self.micro_batch_size):
-                ordered.release(index)
-                sample, reported = self._next_readable(index, ordered, decode, bad)
+                order.release(index)
+                sample, reported = self._next_readable(index, order, readers)
                 yield {**sample, "index": index, "bad_rows": reported}
-
-    def _order(self) -> ShardOrder | StreamedOrder:
-        if isinstance(self.rows, ShardRows):
-            return ShardOrder(self.rows, seed=self.seed, shuffle=self.shuffle)
-        return StreamedOrder(
-            self.rows,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            buffer_size=self.buffer_size,
-            num_rows=self.num_rows,
-            name=self.domain,
-        )
 
     def _transformed(self, row: dict, index: int, decode: _RowDecoder) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
-        if self.label_map is None and isinstance(self.transform, DistillationTransform) and "image" in row:
+        if not decode.labelled and isinstance(self.transform, DistillationTransform) and "image" in row:
             # The crop is drawn first, so that a JPEG is decoded at the least size that serves it.
             size = image_size(row["image"])
             box = self.transform.draw_crop(size, rng)
@@ -233,17 +265,18 @@ class SampleStream(torch.utils.data.IterableDataset):
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
 
     def _next_readable(
-        self, index: int, ordered: ShardOrder | StreamedOrder, decode: _RowDecoder, bad: BadRows
+        self, index: int, order: MixedOrder, readers: Sequence[tuple[_RowDecoder, BadRows]]
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         reported: list[dict[str, Any]] = []
         for position in itertools.count(index):
-            row = ordered.row(position)
+            row = order.row(position)
+            decode, bad = readers[order.source(position)]
             bad.attempted += 1
             try:
                 return self._transformed(row, index, decode), reported
             except CorruptImage as error:
-                reported.append(bad.add(row, str(error), ordered.place(position)))
-            if len(reported) >= ordered.num_rows:
+                reported.append(bad.add(row, str(error), order.place(position)))
+            if len(reported) >= order.num_rows:
                 raise InputError(
                     f"no readable row in a whole pass ({len(reported)} rows); the first is {reported[0]['id']} "
                     f"({reported[0]['reason']})"

@@ -17,7 +17,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from gkd_hf.data.bad_rows import check_bad_rows, distinct
+from gkd_hf.data.bad_rows import distinct
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import package_versions
@@ -121,8 +121,8 @@ class StreamTrainer(Trainer, ABC):
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             stream = self.train_dataset
-            if isinstance(stream, SampleStream) and stream.num_rows:
-                check_bad_rows(stream.domain, self.bad_rows, stream.num_rows, stream.bad_row_limit)
+            if isinstance(stream, SampleStream):
+                stream.check_bad_rows(self.bad_rows)
 
     @property
     def bad_rows(self) -> list[dict[str, Any]]:
