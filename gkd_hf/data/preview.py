@@ -8,6 +8,7 @@ from pathlib import Path
 
 import PIL.Image
 
+from gkd_hf.data.bad_rows import WrongLabel
 from gkd_hf.data.contact_sheet import contact_sheet
 from gkd_hf.data.custom_layout import CustomLayout, is_custom
 from gkd_hf.data.domains import LabelSpace, domain, label_space
@@ -41,7 +42,7 @@ def _raw_rows(layout: RawLayout, samples: Sequence[RawSample]) -> Iterator[dict]
             if sample.label is not None:
                 stored = PIL.Image.fromarray(layout.read_stored(sample))
                 row["label"] = encoded(stored, "TIFF" if stored.mode == "I" else "PNG")
-        except BadSample as error:
+        except (BadSample, WrongLabel) as error:
             row["problem"] = error.reason
         yield row
 
@@ -80,8 +81,11 @@ def prepared_sheet(
     else:
         space = None if domain(name).label_space is None else label_space(name)
         ids = None if space is None else label_map(domain(name).label_map, len(space.classes))
-    split = split or next(iter(manifest.splits if manifest is not None else domain(name).splits.values()))
-    title = manifest.domain if manifest is not None else str(name)
+    if manifest is not None:
+        title, splits = manifest.domain, list(manifest.splits)
+    else:
+        title, splits = str(name), list(domain("custom" if is_custom(str(name)) else str(name)).splits.values())
+    split = split or splits[0]
     return contact_sheet(location, ids, space, count, split=split, title=title, revision=revision)
 
 

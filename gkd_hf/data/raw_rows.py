@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-from gkd_hf.data.bad_rows import count_by_reason
+from gkd_hf.data.bad_rows import WrongLabel, count_by_reason
 from gkd_hf.data.decoding import CorruptImage, decode_image
 from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.raw_layouts import BadSample, RawLayout, RawSample
@@ -57,7 +57,10 @@ def read_row(
         decoded = decode_image(image, str(sample.image))
     except CorruptImage as error:
         raise BadSample(f"{sample.image} is damaged ({error})", str(error)) from error
-    ids = layout.read_label(sample) if labelled else None
+    try:
+        ids = layout.read_label(sample) if labelled else None
+    except WrongLabel as error:
+        raise BadSample(str(error), error.reason) from error
     if ids is not None:
         _check_label(ids, decoded.size, sample, classes)
     if re_encode is not None:

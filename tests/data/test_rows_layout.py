@@ -89,7 +89,7 @@ def test_other_shards_than_before_are_refused(
 def test_a_sheet_of_prepared_data_needs_no_other_word(foreign: Path, tmp_path: Path) -> None:
     prepare("custom:mine", foreign, tmp_path / "out", **settings(id_map={7: 1, 8: 0}))
     sheet = prepared_sheet(tmp_path / "out")
-    named = prepared_sheet(foreign, "custom", classes=["left", "right"], id_map={7: 1, 8: 0})
+    named = prepared_sheet(foreign, "custom:mine", classes=["left", "right"], id_map={7: 1, 8: 0})
     wrong = prepared_sheet(foreign, "custom", classes=["left", "right"])
     assert not _has(sheet, MAGENTA) and not _has(named, MAGENTA) and _has(wrong, MAGENTA)
     assert "name it" in refusal(prepared_sheet, foreign)

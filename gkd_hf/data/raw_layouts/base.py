@@ -17,7 +17,6 @@ from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.errors import InputError
 
 _NAMED_FILES = 3  # so many file names make an error clear; more would hide it
-_NAMED_VALUES = 10
 
 
 class BadSample(InputError):
@@ -90,15 +89,16 @@ class RawLayout(ABC):
     def read_label(self, sample: RawSample) -> np.ndarray:
         """Return a sample's train ids, H×W uint8, 255 = ignore.
 
-        Raises ``BadSample`` for values that the data set does not define, and as `read_stored`.
+        Raises ``WrongLabel`` for values that the data set does not define, and as `read_stored`.
         """
         path = self.label_of(sample)
-        return mapped(self.id_map(sample), self.read_stored(sample), path)
+        return self.id_map(sample).apply(self.read_stored(sample), str(path))
 
     def read_stored(self, sample: RawSample) -> np.ndarray:
         """Return a sample's label in the data set's own ids, H×W integers.
 
-        Raises ``InputError`` for a file that is missing or cannot be read, ``BadSample`` for one that is damaged.
+        Raises ``InputError`` for a file that is missing or cannot be read, ``BadSample`` for one that is damaged, and
+        ``WrongLabel`` for colours in place of ids.
         """
         return stored_ids(self.label_of(sample))
 
@@ -221,19 +221,17 @@ def file_bytes(path: Path) -> bytes:
 def stored_ids(path: Path) -> np.ndarray:
     """Return a label file's own ids, H×W (uint8, uint16 or int32); a palette image gives its indices.
 
-    Raises ``InputError`` for a file that cannot be read, ``BadSample`` for one that is damaged or stores colours.
+    Raises ``InputError`` for a file that cannot be read, ``BadSample`` for a damaged one, ``WrongLabel`` for colours.
     """
     return ids_in(file_bytes(path), str(path))
 
 
-def ids_in(cell: Mapping | bytes, where: str) -> np.ndarray:
-    """Return the ids of an encoded label, H×W; raises ``BadSample`` naming ``where``, as `stored_ids`."""
+def ids_in(cell: Mapping | bytes | None, where: str) -> np.ndarray:
+    """Return the ids of an encoded label, H×W; raises as `stored_ids`, naming ``where``."""
     try:
         return decode_label(cell, where)
     except CorruptImage as error:
         raise BadSample(f"{where}: {error}; download the file again", str(error)) from error
-    except InputError as error:
-        raise BadSample(str(error), "label: colours in place of ids") from error
 
 
 def rgb_image(path: Path, column: str = "image") -> PIL.Image.Image:
@@ -244,16 +242,6 @@ def rgb_image(path: Path, column: str = "image") -> PIL.Image.Image:
     except CorruptImage as error:
         reason = column + str(error).removeprefix("image")
         raise BadSample(f"{path}: {reason}; download the file again", reason) from error
-
-
-def mapped(ids: LabelMap, stored: np.ndarray, path: Path) -> np.ndarray:
-    """Return the train ids (uint8) of stored ones; raises ``BadSample`` naming ``path`` and the values not listed."""
-    try:
-        return ids.apply(stored, str(path))
-    except InputError as error:
-        listed = set(np.flatnonzero(ids.known).tolist())
-        strange = [str(value) for value in np.unique(stored).tolist() if value not in listed]
-        raise BadSample(str(error), f"label: values outside the map ({_shortened(strange)})") from error
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -274,10 +262,6 @@ def _header(path: Path, column: str) -> PIL.Image.Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{path} cannot be read ({error.strerror}); download it again") from error
         raise BadSample(f"{path} is not a readable image; download it again", f"{column}: not an image") from error
-
-
-def _shortened(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:_NAMED_VALUES]) + (", …" if len(names) > _NAMED_VALUES else "")
 
 
 def ids_of_colours(
