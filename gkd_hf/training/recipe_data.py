@@ -109,11 +109,19 @@ class RecipeData:
 
     def _stored_ids(self, name: str) -> str:
         """The map that a domain's labels need unless the recipe names another: none where they are prepared."""
-        own = recipe_domain(name).label_map
-        if own == "identity":
+        own, location = recipe_domain(name).label_map, self.location(name)
+        if own == "identity" and is_hub_id(location):
             return own  # without asking the Hub
-        manifest = find_manifest(self.location(name), self.revision(name))
-        return "identity" if manifest is not None and manifest.labels == "train_ids" else own
+        manifest = find_manifest(location, self.revision(name))
+        if manifest is None or manifest.labels != "train_ids":
+            return own
+        if manifest.classes != self.label_space.classes:
+            raise InputError(
+                f"the labels in {location} were prepared for the classes {', '.join(manifest.classes)}, but those of "
+                f"this run are {', '.join(self.label_space.classes)}: prepare the data for these, or say which is "
+                f"which with data.label_maps.{name}"
+            )
+        return "identity"
 
     def rows(self, use: DataUse) -> datasets.IterableDataset:
         """The undecoded rows of a split."""

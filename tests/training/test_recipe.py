@@ -7,11 +7,13 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from gkd_hf.data.domains import CITYSCAPES_CLASSES
 from gkd_hf.data.manifest import Manifest
 from gkd_hf.errors import InputError
 from gkd_hf.training.checks import train_steps
@@ -321,7 +323,12 @@ def test_labels_of_a_prepared_folder_are_train_ids_already(tmp_path: Path) -> No
     changes += [f"data.roots.acdc_{name}={folder}" for name in ("night", "snow", "fog", "rain")]
     recipe = load_recipe(ROOT / "scripts/recipes/cityscapes_dinov2b_deits.yaml", changes)
     assert RecipeData(recipe).label_map("cityscapes").name == "cityscapes"
-    (folder / "manifest.json").write_text(Manifest("cityscapes", "train_ids", ("road",), {}, {}).to_json())
+    manifest = Manifest("cityscapes", "train_ids", CITYSCAPES_CLASSES, {}, {})
+    (folder / "manifest.json").write_text(manifest.to_json())
     assert RecipeData(recipe).label_map("cityscapes").name == "identity"
+    (folder / "manifest.json").write_text(replace(manifest, classes=("sky", "road")).to_json())
+    with pytest.raises(InputError, match="prepared for the classes sky, road, but those of this run are road, side"):
+        RecipeData(recipe)
+    (folder / "manifest.json").write_text(manifest.to_json())
     recipe.data.label_maps["cityscapes"] = "gtav"
     assert RecipeData(recipe).label_map("cityscapes").name == "gtav"
