@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gkd_hf.data.domains import LabelSpace
+from gkd_hf.data.domains import LabelSpace, own_label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.data.raw_layouts.base import RawLayout, RawSample, contents, named
 from gkd_hf.errors import InputError
@@ -73,9 +72,7 @@ class CustomLayout(RawLayout):
         if not classes or repeated or not all(name.strip() for name in classes):
             what = f"'{repeated[0]}' is named twice" if repeated else "none is named, or one without a name"
             raise InputError(f"classes of your own data: {what}; name each once, in the order of their train ids")
-        colours = (colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.9) for index in range(len(classes)))
-        palette = tuple(tuple(round(255 * channel) for channel in colour) for colour in colours)
-        self._space = LabelSpace("custom", tuple(classes), palette)
+        self._space = own_label_space(classes)
         self._map = label_map("identity" if id_map is None else id_map, len(classes))
 
     @property

@@ -5,8 +5,9 @@ Numbers and pairings follow GKD (arXiv 2603.02554) and the data sets' own public
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gkd_hf.errors import InputError, nearest
@@ -237,3 +238,15 @@ def label_space(domain_name: str) -> LabelSpace:
             "or use it for the label-free stages only"
         )
     return LABEL_SPACES[entry.label_space]
+
+
+def own_label_space(classes: Sequence[str]) -> LabelSpace:
+    """Return the label space of a user's own classes, in colours that can be told apart.
+
+    Their hues are spread by the golden ratio, in two brightnesses.
+    """
+    colours = [
+        colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, (0.95, 0.6)[index % 2]) for index in range(len(classes))
+    ]
+    palette = tuple(tuple(round(255 * channel) for channel in colour) for colour in colours)
+    return LabelSpace("custom", tuple(classes), palette)

@@ -11,7 +11,7 @@ import PIL.Image
 from gkd_hf.data.bad_rows import WrongLabel
 from gkd_hf.data.contact_sheet import contact_sheet
 from gkd_hf.data.custom_layout import CustomLayout, is_custom
-from gkd_hf.data.domains import LabelSpace, domain, label_space
+from gkd_hf.data.domains import LabelSpace, domain, label_space, own_label_space
 from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.manifest import Manifest, find_manifest
 from gkd_hf.data.raw_layouts import BadSample, RawLayout, RawSample
@@ -95,7 +95,7 @@ def _space(manifest: Manifest) -> LabelSpace:
         known = label_space(manifest.domain)
         if known.classes == manifest.classes:
             return known
-    return CustomLayout(manifest.classes).label_space
+    return own_label_space(manifest.classes)
 
 
 def contact_file(out: str | os.PathLike, given: str | None) -> Path:

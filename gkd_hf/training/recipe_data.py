@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import os
 import sys
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import datasets
 
-from gkd_hf.data.domains import Domain, LabelSpace, label_space
+from gkd_hf.data.domains import Domain, LabelSpace, label_space, own_label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.data.manifest import find_manifest
 from gkd_hf.data.shards import count_rows, is_hub_id, open_rows
@@ -235,12 +234,6 @@ def toy_city_images(recipe: Recipe, name: str, role: str) -> int:
     return settings.pool_images if toy_city_style(name) == POOL_STYLE else settings.train_images
 
 
-def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """RGB colours for classes that have none: hues spread by the golden ratio, in two brightnesses."""
-    colours = (colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, (0.95, 0.6)[index % 2]) for index in range(count))
-    return tuple(tuple(round(255 * channel) for channel in colour) for colour in colours)
-
-
 def task_label_space(recipe: Recipe) -> LabelSpace | None:
     """The classes that the source teaches; None without a task stage.
 
@@ -257,7 +250,7 @@ def task_label_space(recipe: Recipe) -> LabelSpace | None:
                 f"the source '{source.name}' is your own data: name its classes, in the order of their train ids, "
                 "under data.classes"
             )
-        space = LabelSpace("custom", tuple(classes), distinct_colours(len(classes)))
+        space = own_label_space(classes)
     else:
         if classes:
             raise InputError(f"data.classes is only for a source that is custom; '{source.name}' has its own classes")

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gkd_hf.data.domains import CITYSCAPES_CLASSES
+from gkd_hf.data.domains import CITYSCAPES_CLASSES, own_label_space
 from gkd_hf.data.manifest import Manifest
 from gkd_hf.errors import InputError
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
 from gkd_hf.training.recipe import recipe_domain
-from gkd_hf.training.recipe_data import RecipeData, distinct_colours, is_rendered
+from gkd_hf.training.recipe_data import RecipeData, is_rendered
 from gkd_hf.training.recipe_file import load_recipe
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
@@ -219,7 +219,7 @@ def test_epochs_of_a_toy_city_are_known_before_it_is_rendered(tmp_path: Path) ->
 
 
 def test_colours_of_own_classes_differ() -> None:
-    assert len(set(distinct_colours(40))) == 40
+    assert len(set(own_label_space([str(number) for number in range(40)]).palette)) == 40
 
 
 def test_stage_folder_names_the_setting_that_changed(tmp_path: Path) -> None:
