@@ -23,16 +23,19 @@ makes them many the run stops all the same. `gkd_hf.data.bad_rows` counts skippe
 from __future__ import annotations
 
 import io
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from gkd_hf.data.bad_rows import WrongLabel
+from gkd_hf.data.compressed import cut_jpeg, plain_png
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are skipped as decompression bombs (Pillow's own limit for an error)."""
@@ -65,8 +68,8 @@ def _damage_is_corrupt(data: bytes, column: str) -> Iterator[None]:
         raise CorruptImage(f"{column}: {reason}") from error
 
 
-def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
-    """Open a cell (``{"bytes", "path"}`` or bytes) without decoding its pixels; return it with its bytes."""
+def _bytes(cell: Mapping | bytes | None, column: str) -> bytes:
+    """Return the bytes of a cell (``{"bytes", "path"}`` or bytes), which are not none."""
     if cell is None:
         raise CorruptImage(f"{column}: empty cell")
     data, path = (cell, None) if isinstance(cell, bytes) else (cell.get("bytes"), cell.get("path"))
@@ -78,6 +81,12 @@ def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image,
             raise CorruptImage(f"{column}: file cannot be read ({error})") from error
     if not data:
         raise CorruptImage(f"{column}: zero bytes")
+    return data
+
+
+def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
+    """Open a cell without decoding its pixels; return it with its bytes."""
+    data = _bytes(cell, column)
     # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
     with _damage_is_corrupt(data, column), _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
@@ -87,15 +96,71 @@ def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image,
     return image, data
 
 
-def _open(cell: Mapping | bytes | None, column: str, min_size: tuple[int, int] | None = None) -> PIL.Image.Image:
+def _open(cell: Mapping | bytes | None, column: str) -> PIL.Image.Image:
     """Decode a cell completely; raises ``CorruptImage`` with the reason."""
     image, data = _header(cell, column)
     with _damage_is_corrupt(data, column):
-        if min_size is not None and image.format in ("JPEG", "MPO"):
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
-            image.draft(image.mode, min_size[::-1] if turned else min_size)
         image.load()
     return image
+
+
+class EncodedImage:
+    """An image cell of which no more is decoded than is asked for.
+
+    Raises ``CorruptImage`` for bytes that are no image; damage behind the header is met when decoding.
+    """
+
+    def __init__(self, cell: Mapping | bytes | None) -> None:
+        self._image, self._data = _header(cell, "image")
+
+    @cached_property
+    def _orientation(self) -> int:
+        with _damage_is_corrupt(self._data, "image"):
+            return self._image.getexif().get(_EXIF_ORIENTATION, 1)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the upright image."""
+        image = self._image
+        if image.format == "PNG" and not any(mark in self._data for mark in _PNG_ORIENTATION_MARKS):
+            return image.size
+        if (
+            image.format == "TIFF"
+        ):  # Pillow turns it while decoding, and already says the turned size or not by version
+            return decode_image(self._data, "").size
+        return (image.height, image.width) if self._orientation in _TURNED else image.size
+
+    def decode(self) -> PIL.Image.Image:
+        """Decode the upright RGB image by the rules of the module; raises ``CorruptImage``."""
+        with _damage_is_corrupt(self._data, "image"):
+            self._image.load()
+        return _upright(self._image)
+
+    def decode_crop(
+        self, box: tuple[float, float, float, float], size: tuple[int, int]
+    ) -> tuple[PIL.Image.Image, tuple[float, float, float, float]]:
+        """Decode what resizing ``box`` of the upright image to ``size`` = (width, height) needs.
+
+        A JPEG may come at a half, a quarter or an eighth of its size (sides rounded up), never so small that the box
+        falls below ``size``, and without rows far below the box: its decoder saves the work. Other formats come whole.
+
+        Returns:
+            the upright RGB image, and the box in its pixels. Raises ``CorruptImage`` as decoding the whole would.
+        """
+        if self._image.format not in ("JPEG", "MPO"):
+            return self.decode(), box
+        within = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
+        factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(within, 1))
+        image, data = self._image, self._data
+        if self._orientation == 1 and (cut := cut_jpeg(data, math.ceil(box[3]) + factor)) is not None:
+            with _damage_is_corrupt(data, "image"):
+                image = PIL.Image.open(io.BytesIO(cut))
+        with _damage_is_corrupt(data, "image"):
+            if factor > 1:
+                image.draft(image.mode, (max(1, image.width // factor), max(1, image.height // factor)))
+            image.load()
+        left, top, right, bottom = (edge / factor for edge in box)
+        return _upright(image), (left, top, right, bottom)
 
 
 def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
@@ -103,29 +168,20 @@ def image_size(cell: Mapping | bytes | None) -> tuple[int, int]:
 
     Only a TIFF is decoded. Raises ``CorruptImage`` for bytes that are no image; damage behind the header stays unseen.
     """
-    image, data = _header(cell, "image")
-    if image.format == "PNG" and not any(mark in data for mark in _PNG_ORIENTATION_MARKS):
-        return image.size
-    if image.format == "TIFF":  # Pillow turns it while decoding, and already says the turned size or not by version
-        return decode_image(cell, "").size
-    with _damage_is_corrupt(data, "image"):
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
-    return (image.height, image.width) if turned else image.size
+    return EncodedImage(cell).size
 
 
-def decode_image(
-    cell: Mapping | bytes | None, where: str, *, min_size: tuple[int, int] | None = None
-) -> PIL.Image.Image:
+def decode_image(cell: Mapping | bytes | None, where: str) -> PIL.Image.Image:
     """Decode an image cell to an upright RGB image.
-
-    With ``min_size`` = (width, height) of the upright image, a JPEG may come at a half, a quarter or an eighth of its
-    size (sides rounded up), whichever is the smallest that is not below ``min_size`` on either side: its decoder
-    shrinks at less than the cost of the whole image. Other formats keep their size.
 
     The rules are those of the module. Raises ``CorruptImage`` (with ``where`` in no message: the caller reports the
     row) for anything that cannot be decoded, floating-point pixels included.
     """
-    image = _open(cell, "image", min_size)
+    return EncodedImage(cell).decode()
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn a decoded image upright and convert it to RGB."""
     try:
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
@@ -157,7 +213,10 @@ def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
             f"{where}: the row has no label; remove the row, or use the data for label-free stages only",
             "label: missing",
         )
-    image = _open(cell, "label")
+    data = _bytes(cell, "label")
+    if (values := plain_png(data, MAX_PIXELS)) is not None:
+        return values
+    image = _open(data, "label")
     if image.mode in ("L", "P") or image.mode.startswith("I"):
         return np.asarray(image)
     if image.mode == "1":

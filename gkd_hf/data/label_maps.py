@@ -94,17 +94,24 @@ class LabelMap:
     table: np.ndarray
     known: np.ndarray
     _lookup: np.ndarray = field(init=False, repr=False)
+    _keeps: int | None = field(init=False, repr=False)  # the map changes nothing in 0 … keeps - 1 and 255
 
     def __post_init__(self) -> None:
+        kept = self.known[:256] & (self.table[:256] == np.arange(256))
+        first = int(np.argmin(kept)) if not kept.all() else 255
+        object.__setattr__(self, "_keeps", first if kept[IGNORE_INDEX] else None)
         object.__setattr__(self, "_lookup", np.where(self.known, self.table, _UNKNOWN).astype(np.uint8))
 
     def apply(self, label: np.ndarray, where: str) -> np.ndarray:
-        """Return the train ids (uint8) of ``label`` (any integer type, H×W).
+        """Return the train ids (uint8) of ``label`` (any integer type, H×W); ``label`` itself where none changes.
 
         Raises ``WrongLabel`` naming ``where`` and at most ten of the values that the map does not list.
         """
         if label.dtype == np.uint8:
-            mapped = self._lookup.take(label)
+            if self._keeps is not None and int((label + np.uint8(1)).max(initial=0)) <= self._keeps:
+                return label
+            mapped = np.frombuffer(label.tobytes().translate(self._lookup[:256].tobytes()), dtype=np.uint8)
+            mapped = mapped.reshape(label.shape)
         else:
             inside = (label >= 0) & (label < len(self._lookup))
             mapped = np.where(inside, self._lookup.take(label, mode="clip"), np.uint8(_UNKNOWN))

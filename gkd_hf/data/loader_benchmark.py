@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from gkd_hf.data.compressed import encode_label
 from gkd_hf.data.decoding import decode_image, decode_label
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.shards import count_rows, open_rows
@@ -82,17 +83,26 @@ def tiled(folder: str, split: str, count: int) -> Iterator[tuple[np.ndarray, np.
         yield np.tile(image, (down, across, 1))[:HEIGHT, :WIDTH], np.tile(label, (down, across))[:HEIGHT, :WIDTH]
 
 
-def _encoded(array: np.ndarray, kind: str, **options: int) -> dict:
+def _jpeg(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, kind, **options)
-    return {"bytes": buffer.getvalue(), "path": None}
+    Image.fromarray(array).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def write_pairs(pairs: Iterator[tuple[np.ndarray, np.ndarray]], folder: str) -> None:
-    """Write images as JPEGs (quality 95) and labels as PNGs to one shard of the split ``train`` in ``folder``."""
-    images, labels = zip(*((_encoded(i, "JPEG", quality=95), _encoded(a, "PNG")) for i, a in pairs), strict=True)
-    table = pa.table({"image": pa.array(images, _CELL), "label": pa.array(labels, _CELL)})
-    pq.write_table(table, f"{folder}/train-00000-of-00001.parquet", row_group_size=16)
+    """Write images as JPEGs (quality 95) and labels to one shard of the split ``train``, as prepared data are."""
+    pictures, ids = zip(*((_jpeg(image), encode_label(label)) for image, label in pairs), strict=True)
+    images, labels = ([{"bytes": cell, "path": None} for cell in cells] for cells in (pictures, ids))
+    names = [f"picture{number}" for number in range(len(images))]
+    table = pa.table({"image": pa.array(images, _CELL), "label": pa.array(labels, _CELL), "id": names})
+    pq.write_table(
+        table,
+        f"{folder}/train-00000-of-00001.parquet",
+        row_group_size=1,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+    )
 
 
 class _Clocked:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gkd_hf.data.compressed import encode_label
 from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.raw_layouts import BadSample, RawLayout, RawSample
-from gkd_hf.data.raw_rows import Limit, encoded, read_row
+from gkd_hf.data.raw_rows import Limit, read_row
 from gkd_hf.errors import InputError
 
 FOOTER = b"gkd_hf"
@@ -223,7 +223,7 @@ def _rows(part: Part, job: Job, facts: _Facts, row_done: Callable[[], None]) -> 
             job.limit.check(part.split, facts.left_out)
         else:
             name = sample.id.replace("/", "_")
-            label = None if row.ids is None else encoded(PIL.Image.fromarray(row.ids), "PNG")
+            label = None if row.ids is None else encode_label(row.ids)
             facts.add(row.size, row.image, label, row.ids)
             yield {
                 "image": {"bytes": row.image, "path": name + row.suffix},

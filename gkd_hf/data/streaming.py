@@ -13,16 +13,17 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.utils.data
+from torch.utils.data import default_collate
 
 from gkd_hf.data.bad_rows import BadRows, WrongLabel, check_bad_rows, row_identity
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
+from gkd_hf.data.decoding import CorruptImage, EncodedImage, decode_image, decode_label
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.mixing import MixedOrder, Source, check_sources
 from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, open_rows
 from gkd_hf.data.streamed_order import StreamedOrder
-from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform
+from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 
 __all__ = [
@@ -58,25 +59,45 @@ class _RowDecoder:
         self._label_map = label_map
         self.labelled = label_map is not None
 
-    def __call__(
-        self, row: dict, min_size: tuple[int, int] | None = None
-    ) -> tuple[PIL.Image.Image, np.ndarray | None]:
+    def __call__(self, row: dict) -> tuple[PIL.Image.Image, np.ndarray | None]:
+        """Decode the whole image and its label."""
+        encoded = self._encoded(row)
+        image = encoded.decode()
+        return image, self._label(row, encoded.size)
+
+    def crop(
+        self, row: dict, transform: DistillationTransform | SegmentationTransform, rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Transform a row whose crop is drawn first, so that no more of its image is decoded than the crop needs."""
+        encoded = self._encoded(row)
+        try:
+            label = self._label(row, encoded.size)
+        except CorruptImage:
+            encoded.decode()  # of a row that is wrong twice, the image is told
+            raise
+        crop = transform.draw(encoded.size, rng, label)
+        image, box = encoded.decode_crop(crop.box, crop.size)
+        return transform.finish(image, box, crop, rng)
+
+    def _encoded(self, row: dict) -> EncodedImage:
         if "image" not in row:
             raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
-        image = decode_image(row["image"], f"domain '{self._domain}'", min_size=min_size)
+        return EncodedImage(row["image"])
+
+    def _label(self, row: dict, size: tuple[int, int]) -> np.ndarray | None:
         if self._label_map is None:
-            return image, None
+            return None
         if "label" not in row:
             raise InputError(f"domain '{self._domain}': no column 'label' (columns present: {', '.join(row)})")
-        where = f"domain '{self._domain}'"
+        where, (width, height) = f"domain '{self._domain}'", size
         try:
             label = decode_label(row["label"], where)
-            if label.shape != (image.height, image.width):
+            if label.shape != (height, width):
                 raise CorruptImage(
                     f"label: of another size than its image ({label.shape[1]}×{label.shape[0]}, "
-                    f"the image {image.width}×{image.height})"
+                    f"the image {width}×{height})"
                 )
-            return image, self._label_map.apply(label, where)
+            return self._label_map.apply(label, where)
         except WrongLabel as error:
             raise CorruptImage(error.reason) from error
 
@@ -88,16 +109,6 @@ def _undecoded(rows: Rows) -> Rows:
         if isinstance(feature, datasets.Image) and feature.decode:
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
-
-
-def _scaled(
-    box: tuple[int, int, int, int], size: tuple[int, int], shrunk: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """Carry a box in an image of ``size`` over to the same image as a JPEG decoder shrank it."""
-    # By the decoder's own factor, not the sizes' ratio: the last pixel of a side that it rounded up is partly empty.
-    factor = next(f for f in (1, 2, 4, 8) if tuple(-(-side // f) for side in size) == shrunk)
-    left, top, right, bottom = (edge / factor for edge in box)
-    return left, top, right, bottom
 
 
 def _worker() -> tuple[int, int]:
@@ -134,7 +145,8 @@ class SampleStream(torch.utils.data.IterableDataset):
         bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows in one pass of an ``IterableDataset`` if known; saves reading it once when resuming.
 
-    Yields ``{"pixel_values": float32 3×S×S, ["labels": int64 S×S], "index": g, "bad_rows": [entry]}``, each entry
+    Yields what the transform returns (`DistillationTransform`: float32 pixels; `SegmentationTransform`: uint8 pixels
+    and labels, for its ``normalise`` on the device) with ``{"index": g, "bad_rows": [entry]}``, each entry
     ``{domain, id, reason, shard, row}``: the shard's name within the data set and the row counted from 0 within it,
     both None where rows are streamed.
     Raises ``InputError`` for an empty or unreadable data set, and for too many bad rows.
@@ -255,12 +267,8 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def _transformed(self, row: dict, index: int, decode: _RowDecoder) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
-        if not decode.labelled and isinstance(self.transform, DistillationTransform) and "image" in row:
-            # The crop is drawn first, so that a JPEG is decoded at the least size that serves it.
-            size = image_size(row["image"])
-            box = self.transform.draw_crop(size, rng)
-            image, _ = decode(row, self.transform.needed_size(size, box))
-            return self.transform.crop(image, _scaled(box, size, image.size), rng)
+        if isinstance(self.transform, SegmentationTransform if decode.labelled else DistillationTransform):
+            return decode.crop(row, self.transform, rng)
         image, label = decode(row)
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
 
@@ -401,7 +409,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack training samples: ``pixel_values`` B×3×S×S, ``labels`` B×S×S if any, ``bad_rows`` one flat list."""
     batch: dict[str, Any] = {
-        key: torch.stack([sample[key] for sample in samples])
+        key: default_collate([sample[key] for sample in samples])  # in a worker, straight into shared memory
         for key in ("pixel_values", "labels")
         if key in samples[0]
     }

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import torch
 
 from gkd_hf.data.domains import IGNORE_INDEX
+from gkd_hf.data.photometric import photometric_distortion
 from gkd_hf.data.rand_augment import RandAugment
+from gkd_hf.data.resampling import channels_first, nearest, pixel_view, resample
 
 DEFAULT_SHORT_SIDES = tuple(int(512 * (0.5 + 0.1 * step)) for step in range(16))
 """256, 307, …, 1024: half to twice the crop of 512, in steps of a tenth."""
@@ -23,27 +26,37 @@ DEFAULT_SHORT_SIDES = tuple(int(512 * (0.5 + 0.1 * step)) for step in range(16))
 _CROP_TRIES = 10
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_RATIO = (0.3, 3.3)
-_BRIGHTNESS = 32.0
-_FACTOR = (0.5, 1.5)
-_HUE = 18
-_HUE_CIRCLE = 180
+_SAMPLING = 8
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What a transform has drawn: where the crop lies in the image, and its mask.
+
+    Attributes:
+        box: left, top, right, bottom in pixels of the image.
+        size: (width, height) that the crop is resized to.
+        label: the crop's train ids, uint8 height×width; None without labels.
+    """
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    label: np.ndarray | None = None
 
 
 class _Normalise:
-    """uint8 H×W×3 → float32 3×H×W: (x / 255 - mean) / std, in one pass over the pixels."""
+    """uint8 H×W×C → float32 3×H×W of the first three channels: (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         mean_, std_ = (np.asarray(values, dtype=np.float64).reshape(3, 1, 1) for values in (mean, std))
-        self._scale = (1.0 / (255.0 * std_)).astype(np.float32)
-        self._shift = (-mean_ / std_).astype(np.float32)
-
-    def into(self, out: np.ndarray, pixels: np.ndarray) -> None:
-        np.multiply(pixels.transpose(2, 0, 1), self._scale, out=out)
-        out += self._shift
+        self.scale = (1.0 / (255.0 * std_)).astype(np.float32)
+        self.shift = (-mean_ / std_).astype(np.float32)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
-        self.into(out, pixels)
+        np.multiply(pixels[..., :3].transpose(2, 0, 1), self.scale, out=out)
+        out += self.shift
         return out
 
 
@@ -82,31 +95,26 @@ class DistillationTransform:
         self, image: PIL.Image.Image, rng: np.random.Generator, label: np.ndarray | None = None
     ) -> dict[str, torch.Tensor]:
         """Return ``{"pixel_values": float32 3×S×S}``; a label is not used."""
-        return self.crop(image, self.draw_crop(image.size, rng), rng)
+        crop = self.draw(image.size, rng)
+        return self.finish(image, crop.box, crop, rng)
 
-    def draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Draw (left, top, right, bottom) of the crop of an image of ``size`` = (width, height)."""
-        return random_resized_crop_box(size, self.crop_scale, self.crop_ratio, rng)
+    def draw(self, size: tuple[int, int], rng: np.random.Generator, label: np.ndarray | None = None) -> Crop:
+        """Draw the crop of an image of ``size`` = (width, height); a label is not used."""
+        box = random_resized_crop_box(size, self.crop_scale, self.crop_ratio, rng)
+        return Crop(box, (self.image_size, self.image_size))
 
-    def needed_size(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[int, int]:
-        """Return the least (width, height) of an image of ``size`` at which the crop is not below S×S."""
-        width, height = box[2] - box[0], box[3] - box[1]
-        return math.ceil(size[0] * self.image_size / width), math.ceil(size[1] * self.image_size / height)
-
-    def crop(
-        self, image: PIL.Image.Image, box: tuple[float, float, float, float], rng: np.random.Generator
+    def finish(
+        self, image: PIL.Image.Image, box: tuple[float, float, float, float], crop: Crop, rng: np.random.Generator
     ) -> dict[str, torch.Tensor]:
-        """Do as a call does after drawing the crop: ``box`` in pixels of ``image``, which may be a shrunk one."""
-        size = (self.image_size, self.image_size)
-        image = image.resize(size, PIL.Image.Resampling.BICUBIC, box=box)
+        """Do as a call does after `draw`: ``box`` in pixels of ``image``, which may be a shrunk or partial one."""
+        pixels = resample(image, box, crop.size, "bicubic")
         flip = rng.random() < 0.5
-        if flip and self._rand_augment is not None:
-            image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
         if self._rand_augment is not None:
-            image = self._rand_augment(image, rng)
-        pixels = np.asarray(image)
-        # Without RandAugment in between, flipping is a matter of strides, paid for by the normalisation's own copy.
-        if flip and self._rand_augment is None:
+            small = PIL.Image.frombytes("RGB", crop.size, pixels, "raw", "RGBX", 0, 1)
+            if flip:
+                small = small.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = pixel_view(self._rand_augment(small, rng))
+        elif flip:  # a matter of strides, paid for by the normalisation's own copy
             pixels = pixels[:, ::-1]
         values = self._normalise(pixels)
         if rng.random() < self.erase_probability:
@@ -184,67 +192,80 @@ class SegmentationTransform:
         self.max_long_side = max_long_side
         self.max_class_fraction = max_class_fraction
         self.photometric = photometric
-        self._normalise = _Normalise(mean, std)
+        normalise = _Normalise(mean, std)
+        self._scale, self._shift = torch.from_numpy(normalise.scale), torch.from_numpy(normalise.shift)
+        self._fill = np.array([min(255, max(0, round(255 * value))) for value in mean], dtype=np.uint8)
 
     def __call__(self, image: PIL.Image.Image, rng: np.random.Generator, label: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return ``{"pixel_values": float32 3×S×S, "labels": int64 S×S}`` for an image and its mask H×W."""
+        """Return ``{"pixel_values": uint8 3×S×S, "labels": uint8 S×S}`` for an image and its mask uint8 H×W.
+
+        Where the resized image is smaller than the crop, the mean colour (to 8 bits) and 255 fill its right and
+        bottom. `normalise` makes floats of the pixels: on the way to it, bytes are a quarter of the work.
+        """
+        crop = self.draw(image.size, rng, label)
+        return self.finish(image, crop.box, crop, rng)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return uint8 …×3×H×W as float32, (x / 255 - mean) / std, on the pixels' device."""
+        return pixels * self._scale.to(pixels.device) + self._shift.to(pixels.device)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator, label: np.ndarray) -> Crop:
+        """Draw resize and crop of an image of ``size`` = (width, height) with its mask.
+
+        The crop's corner is drawn among the image's own pixels: those of the resized image lie between them.
+        """
         short_side = self.short_sides[int(rng.integers(len(self.short_sides)))]
-        resized = resized_size(image.size, short_side, self.max_long_side)
-        left, top, crop_label = self._crop(label, resized, rng)
-        crop_height, crop_width = crop_label.shape
-        # Only the crop is resampled, straight from the source: equal to resizing everything and cutting.
-        x_ratio, y_ratio = image.width / resized[0], image.height / resized[1]
-        box = (
-            left * x_ratio,
-            top * y_ratio,
-            min((left + crop_width) * x_ratio, image.width),
-            min((top + crop_height) * y_ratio, image.height),
-        )
-        image = image.resize((crop_width, crop_height), PIL.Image.Resampling.BILINEAR, box=box)
-        flip = rng.random() < 0.5
-        if self.photometric:
-            image = photometric_distortion(image, rng)
-        pixels = np.asarray(image)
-        if flip:
-            pixels, crop_label = pixels[:, ::-1], crop_label[:, ::-1]
-        size = self.image_size
-        if (crop_height, crop_width) == (size, size):
-            return {
-                "pixel_values": torch.from_numpy(self._normalise(pixels)),
-                "labels": torch.from_numpy(crop_label.astype(np.int64)),
-            }
-        values = np.zeros((3, size, size), dtype=np.float32)  # the mean colour, once normalised
-        self._normalise.into(values[:, :crop_height, :crop_width], pixels)
-        labels = np.full((size, size), IGNORE_INDEX, dtype=np.int64)
-        labels[:crop_height, :crop_width] = crop_label
-        return {"pixel_values": torch.from_numpy(values), "labels": torch.from_numpy(labels)}
-
-    def _crop(
-        self, label: np.ndarray, resized: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[int, int, np.ndarray]:
-        """Draw the crop's left and top in the resized image; return them with the crop of the resized mask."""
+        resized = resized_size(size, short_side, self.max_long_side)
         width, height = min(self.image_size, resized[0]), min(self.image_size, resized[1])
+        box_width, box_height = width * size[0] / resized[0], height * size[1] / resized[1]
         for _ in range(_CROP_TRIES + 1):
-            left = int(rng.integers(resized[0] - width + 1))
-            top = int(rng.integers(resized[1] - height + 1))
-            rows = _nearest(top, height, resized[1], label.shape[0])
-            columns = _nearest(left, width, resized[0], label.shape[1])
-            crop = label.take(rows, axis=0).take(columns, axis=1)
-            if self.max_class_fraction >= 1:
+            left = int(rng.integers(int(size[0] - box_width + _ROUNDING) + 1))
+            top = int(rng.integers(int(size[1] - box_height + _ROUNDING) + 1))
+            box = (left, top, left + box_width, top + box_height)
+            crop = Crop(box, (width, height), nearest(label, box, (width, height)))
+            if (width, height) == resized or self.max_class_fraction >= 1:
                 break
-            counts = np.bincount(crop.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-            largest, labelled = counts.max(), counts.sum()
-            if largest < labelled and largest < self.max_class_fraction * labelled:
+            if not one_class_prevails(crop.label, self.max_class_fraction):
                 break
-            if (width, height) == resized:
-                break  # there is no other crop
-        return left, top, crop
+        return crop
+
+    def finish(
+        self, image: PIL.Image.Image, box: tuple[float, float, float, float], crop: Crop, rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Do as a call does after `draw`: ``box`` in pixels of ``image``, which may be a shrunk or partial one."""
+        pixels = resample(image, box, crop.size, "bilinear")
+        flip = rng.random() < 0.5
+        values = np.empty((3, *crop.label.shape), dtype=np.uint8)
+        channels_first(pixels, values, flip=flip)
+        if self.photometric:
+            photometric_distortion(values, rng)
+        label = np.ascontiguousarray(crop.label[:, ::-1]) if flip else crop.label
+        height, width = label.shape
+        size = self.image_size
+        if (height, width) != (size, size):
+            padded = np.full((size, size), IGNORE_INDEX, dtype=np.uint8)
+            padded[:height, :width] = label
+            whole = np.empty((3, size, size), dtype=np.uint8)
+            whole[...] = self._fill[:, None, None]
+            whole[:, :height, :width] = values
+            label, values = padded, whole
+        return {"pixel_values": torch.from_numpy(values), "labels": torch.from_numpy(label)}
 
 
-def _nearest(start: int, count: int, resized: int, source: int) -> np.ndarray:
-    """Source indices of ``count`` nearest-neighbour samples from ``start`` along a side resized from ``source``."""
-    positions = (np.arange(start, start + count) + 0.5) * (source / resized)
-    return np.minimum(positions.astype(np.intp), source - 1)
+def one_class_prevails(label: np.ndarray, fraction: float) -> bool:
+    """Whether one class covers ``fraction`` of the labelled pixels of a mask (uint8 H×W), or all of them.
+
+    Counted exactly for the classes that have a share of ``fraction / 3`` in every eighth pixel of every eighth row.
+    """
+    sample = np.bincount(label[_SAMPLING // 2 :: _SAMPLING, _SAMPLING // 2 :: _SAMPLING].ravel(), minlength=256)
+    candidates = np.flatnonzero(sample[:IGNORE_INDEX] >= max(1, fraction / 3 * sample[:IGNORE_INDEX].sum()))
+    labelled = label.size - np.count_nonzero(label == IGNORE_INDEX)
+    if labelled == 0:
+        return True
+    if len(candidates) == 0:  # so few labelled pixels that the sample missed them
+        candidates = np.unique(label[label != IGNORE_INDEX])
+    largest = max(np.count_nonzero(label == value) for value in candidates)
+    return largest == labelled or largest >= fraction * labelled
 
 
 def resized_size(size: tuple[int, int], short_side: int, max_long_side: int) -> tuple[int, int]:
@@ -252,38 +273,6 @@ def resized_size(size: tuple[int, int], short_side: int, max_long_side: int) -> 
     width, height = size
     scale = min(short_side / min(size), max_long_side / max(size))
     return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
-
-
-def photometric_distortion(image: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
-    """Distort brightness (±32), contrast, saturation (×0.5..1.5) and hue (±36°), each with probability one half.
-
-    Contrast comes before or after the colour changes, with equal probability (the order of SSD, arXiv 1512.02325).
-    Values are clipped to 0..255 after each step.
-    """
-    values = np.arange(256, dtype=np.float32)
-    if rng.random() < 0.5:
-        values = np.clip(values + np.float32(rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)), 0, 255).astype(np.uint8)
-    contrast_first = rng.random() < 0.5
-    contrast = rng.uniform(*_FACTOR) if rng.random() < 0.5 else None
-    if contrast is not None and contrast_first:
-        values = _scaled(values, contrast)
-    if values.dtype == np.uint8:
-        image = image.point(values.tolist() * 3)
-    saturation = rng.uniform(*_FACTOR) if rng.random() < 0.5 else None
-    hue = int(rng.integers(-_HUE, _HUE)) if rng.random() < 0.5 else 0
-    if saturation is not None or hue:
-        steps = np.arange(256)
-        hue_table = (steps + round(hue * 256 / _HUE_CIRCLE)) % 256
-        saturation_table = steps if saturation is None else _scaled(steps, saturation)
-        tables = [*hue_table.tolist(), *saturation_table.tolist(), *steps.tolist()]
-        image = image.convert("HSV").point(tables).convert("RGB")
-    if contrast is not None and not contrast_first:
-        image = image.point(_scaled(np.arange(256), contrast).tolist() * 3)
-    return image
-
-
-def _scaled(values: np.ndarray, factor: float) -> np.ndarray:
-    return np.clip(values.astype(np.float32) * np.float32(factor), 0, 255).astype(np.uint8)
 
 
 class EvaluationTransform:

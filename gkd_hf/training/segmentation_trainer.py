@@ -36,7 +36,8 @@ class GKDSegmentationTrainer(StreamTrainer):
 
     Args:
         model: the segmenter. args: the paper's recipe by default.
-        train_dataset: a `SampleStream` with labels, or any data set of ``pixel_values`` 3×H×W and ``labels`` H×W.
+        train_dataset: a `SampleStream` with labels, whose uint8 pixels are normalised on the device, or any data set
+            of ``pixel_values`` 3×H×W, normalised, and ``labels`` H×W.
         eval_dataset: one `EvaluationSet` per domain.
     """
 
@@ -67,7 +68,10 @@ class GKDSegmentationTrainer(StreamTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Return the segmentation loss of a micro batch; its terms are logged."""
         self.note_bad_rows(inputs.get("bad_rows", []))
-        outputs = model(pixel_values=inputs["pixel_values"], labels=inputs["labels"])
+        pixels = inputs["pixel_values"]
+        if isinstance(self.train_dataset, SampleStream) and pixels.dtype == torch.uint8:
+            pixels = self.train_dataset.transform.normalise(pixels)
+        outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
         self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

@@ -148,7 +148,8 @@ def test_training_goes_through_every_kind_and_loses_the_stated_rows_only(mixed, 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reported, steps = [], 2 * ROWS // 4  # two passes
     for _, batch in zip(range(steps), DataLoader(stream, 4, collate_fn=collate, num_workers=workers), strict=False):
-        loss = torch.nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"], ignore_index=255)
+        pixels, labels = stream.transform.normalise(batch["pixel_values"]), batch["labels"].long()
+        loss = torch.nn.functional.cross_entropy(model(pixels), labels, ignore_index=255)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from gkd_hf.data import decoding
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
+from gkd_hf.data.decoding import CorruptImage, EncodedImage, decode_image, decode_label, image_size
 from gkd_hf.errors import InputError
 
 from .samples import encode
@@ -126,20 +126,38 @@ def test_a_colour_label_or_none_is_the_users_error():
         decode_label(None, "row 'x'")
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_a_jpeg_is_shrunk_to_no_less_than_what_is_needed(orientation: int):
-    ramp = np.linspace(0, 255, 203 * 101).reshape(101, 203).astype(np.uint8)
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_jpeg_is_decoded_no_finer_and_no_further_than_its_crop_needs(orientation: int, progressive: bool):
+    ramp = np.linspace(0, 255, 203 * 151).reshape(151, 203).astype(np.uint8)
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    jpeg = cell(encode(np.dstack([ramp] * 3), "JPEG", quality=95, exif=exif))
+    jpeg = cell(encode(np.dstack([ramp] * 3), "JPEG", quality=95, exif=exif, progressive=progressive))
     whole = decode_image(jpeg, "w")
-    for needed, size in ((40, (51, 26)), (51, (102, 51)), (100, (102, 51)), (102, (203, 101)), (1000, (203, 101))):
-        least = (needed, needed // 2)
-        size, least = (size, least) if orientation == 1 else (size[::-1], least[::-1])
-        shrunk = decode_image(jpeg, "w", min_size=least)
-        assert shrunk.size == size and shrunk.mode == "RGB"
-        reference = whole.resize(size, PIL.Image.Resampling.BOX)
-        assert np.abs(np.asarray(shrunk).astype(int) - np.asarray(reference)).mean() < 6
-    assert decode_image(cell(encode(RAMP)), "w", min_size=(1, 1)).size == (8, 6)
-    with pytest.raises(CorruptImage, match="truncated"):
-        decode_image(cell(jpeg["bytes"][:-400]), "w", min_size=(40, 20))
+    box = (10, 8, 90, 56)
+    for size, factor in (((81, 24), 1), ((80, 49), 1), ((80, 48), 1), ((40, 24), 2), ((21, 12), 2), ((10, 6), 8)):
+        part, scaled = EncodedImage(jpeg).decode_crop(box, size)
+        assert scaled == tuple(edge / factor for edge in box) and part.mode == "RGB"
+        full = tuple(-(-side // factor) for side in whole.size)
+        assert part.width == full[0] and part.height <= full[1]
+        assert (part.height < full[1]) == (orientation == 1 and not progressive)
+        reference = whole.resize(full, PIL.Image.Resampling.BOX)
+        area = (0, 0, part.width, -(-box[3] // factor))
+        difference = np.abs(np.asarray(part.crop(area)).astype(int) - np.asarray(reference.crop(area)))
+        assert difference.max() == 0 if factor == 1 else difference.mean() < 6
+    png = EncodedImage(cell(encode(RAMP))).decode_crop((0, 0, 4, 4), (1, 1))
+    assert png[0].size == (8, 6) and png[1] == (0, 0, 4, 4)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 400])
+def test_a_truncated_jpeg_is_corrupt_also_where_the_crop_is_whole(lost: int):
+    noise = np.random.default_rng(0).integers(0, 255, (160, 64, 3), dtype=np.uint8)
+    data = encode(noise, "JPEG")[:-lost]
+    outcomes = []
+    for decode in (lambda image: image.decode(), lambda image: image.decode_crop((0, 0, 16, 16), (16, 16))):
+        try:
+            decode(EncodedImage(cell(data)))
+            outcomes.append("")
+        except CorruptImage as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1] and (lost < 400 or "truncated" in outcomes[0])
