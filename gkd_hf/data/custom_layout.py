@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def read_classes(given: str | None) -> list[str] | None:
     """Return the names in "a,b,c" or in a file of one name a line; None for None."""
     if given is None:
         return None
-    names = _content(given).splitlines() if Path(given).is_file() else given.split(",")
+    names = _content(given).splitlines() if os.path.isfile(given) else given.split(",")
     return [name.strip() for name in names if name.strip()]
 
 
@@ -33,7 +34,7 @@ def read_id_map(given: str | None) -> dict[int, int] | None:
     if given is None:
         return None
     try:
-        if Path(given).is_file():
+        if os.path.isfile(given):
             return {int(stored): int(train) for stored, train in json.loads(_content(given)).items()}
         return {int(stored): int(train) for stored, train in (pair.split(":") for pair in given.split(","))}
     except (ValueError, AttributeError, TypeError) as error:

@@ -100,7 +100,7 @@ def prepare(
         "raw_files": _digest(layout, root, samples),
     }
     classes_there = None if names is None else len(names)
-    limit = Limit(domain, settings["splits"], max_bad)
+    limit = Limit(domain, settings["splits"], max_bad, None if contact is None else str(contact))
     job = Job(layout, domain, classes_there, row_group_rows, re_encode, limit, settings)
     parts = _parts(out, samples, shard_rows)
     try:

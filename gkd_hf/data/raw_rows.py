@@ -104,11 +104,13 @@ class Limit:
 
     Attributes:
         domain: named in messages. rows: split → samples. share: of a split's samples, 0 or more and below 1.
+        sheet: a contact sheet that shows them, if one was drawn.
     """
 
     domain: str
     rows: Mapping[str, int]
     share: float
+    sheet: str | None = None
 
     def check(self, split: str, left_out: Sequence[LeftOut]) -> None:
         """Raise ``InputError``, with the reasons by number and the first samples, if these are too many."""
@@ -137,8 +139,9 @@ class Limit:
         by_name = sorted(left_out, key=lambda entry: entry["id"])
         first = ", ".join(f"{entry['id']} [{entry['reason']}]" for entry in by_name[:_NAMED])
         more = ", …" if len(left_out) > _NAMED else ""
+        look = "a contact sheet shows them: --contact" if self.sheet is None else f"look at {self.sheet}"
         return InputError(
             f"{self.domain}, split '{split}': {len(left_out)} of {of_what}, and only "
             f"{100 * self.share:g} % may be left out: {counts}; namely {first}{more}; correct the files or the label "
-            "map (a contact sheet shows them: --contact), or allow more with --max-bad"
+            f"map ({look}), or allow more with --max-bad"
         )

@@ -15,8 +15,10 @@ import PIL.Image
 import pytest
 from huggingface_hub import constants
 
+from gkd_hf.data.custom_layout import read_classes, read_id_map
 from gkd_hf.data.prepare import prepare, verify
 from gkd_hf.data.shards import count_rows, open_rows
+from gkd_hf.errors import InputError
 from gkd_hf.hub import upload
 from tests.hub.server import LoopbackHub
 
@@ -127,7 +129,11 @@ def test_a_contact_sheet_comes_first_and_shows_a_wrong_map(
     wrong = ("custom", "--root", raw, "--out", out, "--classes", "left,right", "--quiet")
     assert main(*wrong) == 2
     said = capsys.readouterr().err
-    assert "6 × label: values outside the map" in said and "--contact" in said and said.count("\n") == 1
+    assert (
+        "6 × label: values outside the map" in said
+        and f"(look at {out / 'contact.png'})" in said
+        and said.count("\n") == 1
+    )
     assert [path.name for path in out.iterdir()] == ["contact.png"]
     assert (sheet(out / "contact.png") == magenta).all(-1).sum() > 50_000
     assert main("custom", "--root", raw, "--out", out, *CUSTOM) == 0
@@ -143,6 +149,20 @@ def test_a_contact_sheet_comes_first_and_shows_a_wrong_map(
     assert sheet(tmp_path / "two.png").shape == sheet(out / "contact.png").shape
     assert main("custom", "--contact", tmp_path / "no" / "two.png", *named[2:]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_classes_and_maps_are_read_from_files_too(tmp_path: Path) -> None:
+    many = [f"class number {number}" for number in range(150)]
+    assert read_classes(",".join(many)) == many  # longer than any file's name
+    (tmp_path / "classes.txt").write_text("\n".join(many) + "\n\n")
+    assert read_classes(str(tmp_path / "classes.txt")) == many and read_classes(None) is None
+    (tmp_path / "map.json").write_text('{"7": 0, "0": 255}')
+    assert read_id_map(str(tmp_path / "map.json")) == read_id_map("7:0,0:255") == {7: 0, 0: 255}
+    assert read_id_map(",".join(f"{number}:0" for number in range(200))) == dict.fromkeys(range(200), 0)
+    (tmp_path / "map.json").write_bytes(b"\xff")
+    for wrong in ("7", "7:a", str(tmp_path / "map.json")):
+        with pytest.raises(InputError):
+            read_id_map(wrong)
 
 
 def test_bad_samples_are_told(
