@@ -9,7 +9,8 @@ Images of a folder of shards are tiled to 1024x512 JPEGs, unless --as-stored. Me
 training would have: (a) Pillow decoding alone, (b) the stage-1 stream with crop, flip and normalisation, (c) with
 RandAugment and erasing too, (d) the stage-2 stream, label included. Rounds of all four alternate and the fastest of
 each counts. "cpu_ms" is the processor time of the workers per image, which other programs disturb less than the
-images per second. The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
+images per second. "resident_mib" is the memory of the stage-2 stream's workers after each of three passes: it should
+stay flat. The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -105,22 +107,30 @@ def write_pairs(pairs: Iterator[tuple[np.ndarray, np.ndarray]], folder: str) -> 
     )
 
 
+def _own_mib() -> float:
+    """Resident memory that this process shares with no other, MiB; 0 where the system does not tell."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        return 0.0
+    _, resident, shared = statistics.read_text().split()[:3]
+    return (int(resident) - int(shared)) * resource.getpagesize() / 2**20
+
+
 class _Clocked:
-    """Collates and adds the worker's number and the processor seconds that it has used."""
+    """Collates and adds the worker's number, the processor seconds that it has used and its resident memory."""
 
     def __init__(self, collate_samples: Callable[[list], object]) -> None:
         self._collate = collate_samples
 
-    def __call__(self, samples: list) -> tuple[object, int, float]:
+    def __call__(self, samples: list) -> tuple[object, int, float, float]:
         batch = self._collate(samples)
-        return batch, get_worker_info().id, time.process_time()
+        return batch, get_worker_info().id, time.process_time(), _own_mib()
 
 
-def _timed(
+def _loader(
     dataset: Dataset | IterableDataset, collate_samples: Callable[[list], object], settings: LoaderSettings
-) -> tuple[float, float]:
-    """Images per second once the workers run, and processor milliseconds of the workers per image."""
-    loader = iter(
+) -> Iterator[tuple[object, int, float, float]]:
+    return iter(
         DataLoader(
             dataset,
             settings.batch_size,
@@ -129,13 +139,31 @@ def _timed(
             collate_fn=_Clocked(collate_samples),
         )
     )
+
+
+def _resident(stream: SampleStream, settings: LoaderSettings, rows: int) -> list[float]:
+    """Resident memory of all workers after each of three passes over the rows, or thirds of 3 × ``images`` images."""
+    loader, memory, found = _loader(stream, collate, settings), {}, []
+    batches = -(-min(rows, settings.images) // settings.batch_size)
+    for _ in range(3):
+        for _ in range(max(batches, settings.workers)):
+            _, worker, _, memory[worker] = next(loader)
+        found.append(round(sum(memory.values()), 1))
+    return found
+
+
+def _timed(
+    dataset: Dataset | IterableDataset, collate_samples: Callable[[list], object], settings: LoaderSettings
+) -> tuple[float, float]:
+    """Images per second once the workers run, and processor milliseconds of the workers per image."""
+    loader = _loader(dataset, collate_samples, settings)
     clocks: dict[int, float] = {}
     for _ in range(2 * settings.workers):  # starting and the first rows are not counted
-        _, worker, clock = next(loader)
+        _, worker, clock, _ = next(loader)
         clocks[worker] = clock
     batches, used, began = settings.images // settings.batch_size, 0.0, time.perf_counter()
     for _ in range(batches):
-        _, worker, clock = next(loader)
+        _, worker, clock, _ = next(loader)
         used += clock - clocks[worker]
         clocks[worker] = clock
     images = batches * settings.batch_size
@@ -146,7 +174,8 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
     """Time bare decoding and the three streams over a folder of shards; prints each measurement.
 
     Returns ``workers``; ``images_per_second``, the fastest of each kind; ``ratio``, that to bare decoding's;
-    ``cpu_ms``, the least processor time of the workers per image; ``cpu_ratio``, bare decoding's to it.
+    ``cpu_ms``, the least processor time of the workers per image; ``cpu_ratio``, bare decoding's to it;
+    ``resident_mib``, what the workers of the stage-2 stream hold in memory after each of three passes.
     """
     rows, size = open_rows(folder, split), settings.stage1_size
     length = (settings.images // settings.batch_size + 8 * settings.workers) * settings.batch_size
@@ -180,4 +209,5 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
         "ratio": {name: round(rate / rates["bare_decode"], 3) for name, rate in rates.items()},
         "cpu_ms": {name: round(used, 2) for name, used in cpu.items()},
         "cpu_ratio": {name: round(cpu["bare_decode"] / used, 3) for name, used in cpu.items()},
+        "resident_mib": _resident(streams["stage2"][0], settings, common["num_rows"]),
     }

@@ -19,6 +19,8 @@ def test_every_kind_is_measured_and_compared_with_bare_decoding(write_folder, tm
     for key in ("images_per_second", "ratio", "cpu_ms", "cpu_ratio"):
         assert list(found[key]) == kinds
     assert found["ratio"]["bare_decode"] == 1 and all(rate > 0 for rate in found["images_per_second"].values())
+    memory = found["resident_mib"]
+    assert len(memory) == 3 and min(memory) > 0 and memory[2] < 1.5 * memory[0]
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
