@@ -130,7 +130,7 @@ def _check_fit(label_map: LabelMap | None, label_space: LabelSpace | None) -> No
 
 def _spread_rows(rows: Rows, where: str, count: int) -> Iterator[tuple[int, dict]]:
     """Yield (index in the split, row): at even distances, or the first ones where rows are only streamed."""
-    if not isinstance(rows, ShardRows):
+    if not isinstance(rows, ShardRows) or rows.store.remote:
         yield from enumerate(readable(itertools.islice(rows, count), where))
         return
     for index in sorted({(2 * place + 1) * len(rows) // (2 * count) for place in range(count)}):

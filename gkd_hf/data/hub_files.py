@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import build_hf_headers, get_session
 
 from gkd_hf.errors import InputError
 from gkd_hf.models.pull import listed_files, pull, pull_file
 
+_FOOTER_BYTES = 128 * 1024  # of 256 rows in groups of their own, and more
 # What datasets reads to tell splits from files; the shards themselves need not be there for that.
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
@@ -35,9 +43,54 @@ class HubFiles:
     shards: dict[str, tuple[str, ...]] | None
     num_rows: dict[str, int]
 
-    def fetch(self, shard: str) -> Path:
+    remote: ClassVar[bool] = True
+
+    def path(self, name: str) -> Path:
         """Return a shard in the Hub's cache, fetched if it is not there; raises `InputError` as `pull_file`."""
-        return pull_file(self.location, shard, commit=self.commit, kind="dataset")
+        return pull_file(self.location, name, commit=self.commit, kind="dataset")
+
+    def title(self, name: str) -> str:
+        """What messages call a shard."""
+        return f"{name} of '{self.location}'"
+
+    def footer(self, name: str) -> pq.FileMetaData:
+        """Return what a shard's footer tells, without the shard where the Hub sends parts of files.
+
+        It is not verified: `ShardRows` compares it with the shard's own, once that is here.
+
+        Raises:
+            InputError: as `path`, and a shard that is no parquet file.
+        """
+        cached = try_to_load_from_cache(self.location, name, revision=self.commit, repo_type="dataset")
+        # Otherwise the whole shard is fetched, with more patience, and verified.
+        with contextlib.suppress(pa.ArrowException, HTTPError, OSError):
+            return pq.read_metadata(cached if isinstance(cached, str) else self._end(name))
+        path = self.path(name)
+        try:
+            return pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{self.title(name)} is not a readable parquet file ({error}): remove it or write it again"
+            ) from error
+
+    def _end(self, name: str) -> pa.BufferReader:
+        """The end of a shard on the Hub, with all of its footer."""
+        if constants.is_offline_mode():
+            raise OSError("offline")
+        end = self._last(name, _FOOTER_BYTES)
+        needed = int.from_bytes(end[-8:-4], "little") + 8
+        return pa.BufferReader(end if needed <= len(end) else self._last(name, needed))
+
+    def _last(self, name: str, size: int) -> bytes:
+        url = hf_hub_url(self.location, name, repo_type="dataset", revision=self.commit)
+        headers = build_hf_headers() | {"Range": f"bytes=-{size}"}
+        # Streamed, so that a server that would send all of the shard is not listened to.
+        with get_session().stream(
+            "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as answer:
+            if answer.status_code != 206:
+                raise OSError(f"answer {answer.status_code} to the request for a part of {name}")
+            return answer.read()
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class Source:
     def order(self, seed: int, number: int, *, shuffle: bool, buffer_size: int) -> ShardOrder | StreamedOrder:
         """Return its own order, as the ``number``-th source."""
         if isinstance(self.rows, ShardRows):
-            return ShardOrder(self.rows, seed=seed, shuffle=shuffle, source=number)
+            return ShardOrder(self.rows, seed=seed, shuffle=shuffle, source=number, set_rows=buffer_size)
         return StreamedOrder(
             self.rows,
             seed=seed,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from threading import Thread
+from typing import ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,13 @@ _FOOTER_BYTES = 32 * 2**20
 
 
 class ShardStore(Protocol):
-    """Where shards are."""
+    """Where shards are.
+
+    Attributes:
+        remote: whether they have to be fetched.
+    """
+
+    remote: ClassVar[bool]
 
     def path(self, name: str) -> Path:
         """Return the file of a shard, which may have to be fetched first; raises ``InputError``."""
@@ -39,6 +47,7 @@ class ShardFolder:
     """The shards below a folder here, named by their paths relative to it."""
 
     folder: str
+    remote: ClassVar[bool] = False
 
     def path(self, name: str) -> Path:
         """Return the file of a shard."""
@@ -122,6 +131,36 @@ class ShardRows:
         shard, group, offset = self._find(index)
         return self.shards[shard].name, int(self.shards[shard].group_rows[:group].sum()) + offset
 
+    def shard(self, index: int) -> int:
+        """Return the number of the shard that a row is in."""
+        return self._find(index)[0]
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Fetch these shards, by their numbers, in the background and in this order, where the store is remote.
+
+        What cannot be fetched is told by whoever reads it. A later call takes the place of an earlier one.
+        """
+        if self.store.remote:
+            self._own()
+            self._expected = deque(self.shards[shard].name for shard in shards)
+            if self._fetcher is None or not self._fetcher.is_alive():
+                self._fetcher = Thread(target=self._fetch_expected, daemon=True)
+                self._fetcher.start()
+
+    def _fetch_expected(self) -> None:
+        while True:
+            try:
+                name = self._expected.popleft()
+            except IndexError:
+                return
+            with contextlib.suppress(InputError):
+                self.store.path(name)
+
+    def _own(self) -> None:
+        """Forget what a forked process has from its parent."""
+        if self._process != os.getpid():
+            self._forget()
+
     def _find(self, index: int) -> tuple[int, int, int]:
         """Shard, row group within it, row within that."""
         if not 0 <= index < len(self):
@@ -132,8 +171,7 @@ class ShardRows:
         return shard, group - int(self._shard_ends[shard] - self.shard_groups[shard]), offset
 
     def _row(self, shard: int, group: int, offset: int) -> dict:
-        if self._process != os.getpid():
-            self._forget()
+        self._own()
         table = self._groups.get((shard, group))
         if table is None:
             table = self._read(shard, group)
@@ -195,6 +233,8 @@ class ShardRows:
         self._footer_bytes = 0
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._kept_bytes = 0
+        self._expected: deque[str] = deque()
+        self._fetcher: Thread | None = None
 
 
 def _cell(column: str, cell: object) -> object:

@@ -121,7 +121,7 @@ def _fetched(files: HubFiles, split: str) -> ShardRows:
     open_rows(files.location, split, revision=files.commit)  # which checks split and columns
     shards, columns, folder = [], None, Path()
     for name in files.shards[split]:
-        path = files.fetch(name)
+        path = files.path(name)
         folder = Path(str(path).removesuffix(name))
         metadata = pq.read_metadata(path)
         shards.append(Shard.described(name, metadata))

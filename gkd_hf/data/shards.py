@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,12 +18,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
 from gkd_hf.data.hub_files import HubFiles, hub_files
-from gkd_hf.data.rows import IMAGE_COLUMNS, Shard, ShardFolder, ShardRows
+from gkd_hf.data.rows import IMAGE_COLUMNS, Shard, ShardFolder, ShardRows, ShardStore
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.pull import hub_error, with_retries
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_READ_ROWS = 16
+_FOOTERS_AT_ONCE = 8
 # For each read of a streamed file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are many
 # minutes in which a run that will not go on does not end.
 datasets.config.STREAMING_READ_MAX_RETRIES = 3
@@ -42,10 +43,11 @@ def open_rows(
 
     The rows of a folder are `ShardRows`.
 
-    Of a Hub data set stored as parquet, each shard is fetched whole when reading reaches it and is used only once its
-    content has the hash that the Hub lists. It stays in the Hub's cache (HF_HUB_CACHE), so that later passes, other
-    processes, later runs and HF_HUB_OFFLINE=1 read it from there: all that is read needs that much disk. Within a
-    process each shard is verified once. A process that wants a shard which another is fetching waits for it.
+    So are those of a Hub data set stored as parquet. To open it takes the shards' footers alone; each shard is fetched
+    whole when reading reaches it and is used only once its content has the hash that the Hub lists. It stays in the
+    Hub's cache (HF_HUB_CACHE), so that later passes, other processes, later runs and HF_HUB_OFFLINE=1 read it from
+    there: all that is read needs that much disk. Within a process each shard is verified once. A process that wants a
+    shard which another is fetching waits for it.
 
     Any other Hub data set, such as a folder of images, is streamed by datasets: nothing of it is kept, and what comes
     is NOT verified.
@@ -67,15 +69,11 @@ def open_rows(
         return _open_hub(location, split, columns, revision)
     store = ShardFolder(location)
     names = [Path(shard).relative_to(location).as_posix() for shard in find_shards(location, split)]
-    shards, common = [], None
-    for name in names:
-        metadata = _checked(store.path(name), columns, store.title(name))
-        shards.append(Shard.described(name, metadata))
-        present = metadata.schema.to_arrow_schema().names
-        common = present if common is None else [column for column in common if column in present]
-    if not any(shard.group_rows.any() for shard in shards):
-        raise InputError(f"no rows in split '{split}' of {location}: its {len(shards)} shard(s) are all empty")
-    return ShardRows(store, shards, _wanted_columns(common, columns, location))
+    footers = [_metadata(store.path(name)) for name in names]
+    rows = _shard_rows(store, names, footers, columns)
+    if not len(rows):
+        raise InputError(f"no rows in split '{split}' of {location}: its {len(names)} shard(s) are all empty")
+    return rows
 
 
 def count_rows(location: str | os.PathLike, split: str, *, revision: str | None = None) -> int | None:
@@ -141,27 +139,30 @@ def find_shards(location: str, split: str) -> list[str]:
     )
 
 
-def _metadata(shard: str | Path, name: str = "") -> pq.FileMetaData:
+def _metadata(shard: str | Path) -> pq.FileMetaData:
     try:
         return pq.read_metadata(shard)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{name or shard} is not a readable parquet file ({error}): remove it or write it again"
-        ) from error
+        raise InputError(f"{shard} is not a readable parquet file ({error}): remove it or write it again") from error
 
 
-def _checked(shard: str | Path, columns: Sequence[str], name: str) -> pq.FileMetaData:
-    """Read a shard's metadata; check that it has the columns, and images where they belong."""
-    metadata = _metadata(shard, name)
-    schema = metadata.schema.to_arrow_schema()
-    _wanted_columns(schema.names, columns, name)
-    for column in columns:
-        if column in IMAGE_COLUMNS and not _holds_images(schema.field(column).type):
-            raise InputError(
-                f"{name}: column '{column}' holds {schema.field(column).type}, not image bytes; "
-                "write it as datasets.Image() or as raw bytes"
-            )
-    return metadata
+def _shard_rows(
+    store: ShardStore, names: Sequence[str], footers: Sequence[pq.FileMetaData], columns: Sequence[str]
+) -> ShardRows:
+    """Check that all shards have the columns, and images where they belong; return their rows."""
+    common = None
+    for name, footer in zip(names, footers, strict=True):
+        schema = footer.schema.to_arrow_schema()
+        _wanted_columns(schema.names, columns, store.title(name))
+        for column in columns:
+            if column in IMAGE_COLUMNS and not _holds_images(schema.field(column).type):
+                raise InputError(
+                    f"{store.title(name)}: column '{column}' holds {schema.field(column).type}, not image bytes; "
+                    "write it as datasets.Image() or as raw bytes"
+                )
+        common = schema.names if common is None else [column for column in common if column in schema.names]
+    shards = [Shard.described(name, footer) for name, footer in zip(names, footers, strict=True)]
+    return ShardRows(store, shards, _wanted_columns(common or [], columns, ""))
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -194,52 +195,22 @@ def _hub_files(location: str, split: str, revision: str | None) -> HubFiles:
         raise InputError(_cannot_open(location, split, str(error))) from error
 
 
-def _open_hub(location: str, split: str, columns: Sequence[str], revision: str | None) -> datasets.IterableDataset:
+def _open_hub(location: str, split: str, columns: Sequence[str], revision: str | None) -> Rows:
     files = _hub_files(location, split, revision)
     if files.shards is None:
         return _stream(files, split, columns)
-    shards = files.shards.get(split)
-    if shards is None:
+    names = files.shards.get(split)
+    if names is None:
         known = ", ".join(files.shards)
         raise InputError(
             _cannot_open(location, split, f"it has no such split{nearest(split, files.shards)} (splits: {known})")
         )
-    # One shard is fetched to learn the columns, more only if it is empty.
-    for shard in shards:
-        name = _shard_name(files, shard)
-        path = files.fetch(shard)
-        metadata = _checked(path, columns, name)
-        if metadata.num_rows:
-            break
-    else:
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        footers = list(pool.map(files.footer, names))
+    rows = _shard_rows(files, names, footers, columns)
+    if not len(rows):
         raise _no_rows(location, split)
-    schema = metadata.schema.to_arrow_schema()
-    wanted = _wanted_columns(schema.names, columns, name)
-    stored = datasets.Features.from_arrow_schema(schema)
-    features = {
-        column: datasets.Image(decode=False) if column in IMAGE_COLUMNS else stored[column] for column in wanted
-    }
-    # The list of shards is what datasets shuffles.
-    return datasets.IterableDataset.from_generator(
-        _rows_of_shards,
-        features=datasets.Features(features),
-        gen_kwargs={"files": files, "columns": tuple(wanted), "shards": list(shards)},
-    )
-
-
-def _rows_of_shards(files: HubFiles, columns: Sequence[str], shards: Sequence[str]) -> Iterator[dict]:
-    for shard in shards:
-        path, name = files.fetch(shard), _shard_name(files, shard)
-        _checked(path, columns, name)
-        with pq.ParquetFile(path) as file:
-            for batch in readable(file.iter_batches(batch_size=_READ_ROWS, columns=list(columns)), name):
-                for row in batch.to_pylist():
-                    yield {column: _image_cell(row[column], column) for column in columns}
-
-
-def _image_cell(cell: object, column: str) -> object:
-    """A cell as `datasets.Image` stores it, of a column that may hold bare bytes."""
-    return {"bytes": cell, "path": None} if column in IMAGE_COLUMNS and isinstance(cell, bytes) else cell
+    return rows
 
 
 def _stream(files: HubFiles, split: str, columns: Sequence[str]) -> datasets.IterableDataset:
@@ -273,10 +244,6 @@ def _from_hub(files: HubFiles, split: str, action: Callable[[], Item], what: str
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx each have their own kinds
         explained = hub_error(error, files.location, kind="dataset", revision=files.commit)
         raise InputError(_cannot_open(files.location, split, str(explained))) from error
-
-
-def _shard_name(files: HubFiles, shard: str) -> str:
-    return f"{shard} of '{files.location}'"
 
 
 def _no_rows(location: str, split: str) -> InputError:

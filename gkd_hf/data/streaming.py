@@ -139,7 +139,8 @@ class SampleStream(torch.utils.data.IterableDataset):
         rank: this process; world_size: number of processes.
         start: index of the first sample to yield, a multiple of the global micro batch.
         shuffle: a new order in each pass, or the stored order.
-        buffer_size: rows in the shuffle buffer of an ``IterableDataset`` (at most 256 MiB of them, in each worker).
+        buffer_size: rows in the shuffle buffer of an ``IterableDataset`` (at most 256 MiB of them, in each worker);
+            where shards have to be fetched, the least number of rows, of whole shards, that are shuffled together.
         domain: name for messages and reports.
         label_map: labels are decoded, mapped and yielded only if given.
         bad_row_limit: largest fraction of bad rows that is skipped.

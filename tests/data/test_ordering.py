@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gkd_hf.data import ordering
-from gkd_hf.data.ordering import num_lanes, pass_order
+from gkd_hf.data.ordering import draw_pass, num_lanes
 from gkd_hf.data.rows import Shard, ShardFolder, ShardRows
 from gkd_hf.data.shards import open_rows
 from gkd_hf.data.streaming import SampleStream
@@ -142,9 +142,9 @@ def test_passes_cover_all_rows_and_resumed_runs_see_what_they_would_have_seen(sh
 def test_a_pass_is_a_permutation_whatever_the_row_groups(shards, seed, weight):
     described = [Shard(str(place), np.array(groups, np.int32), weight) for place, groups in enumerate(shards)]
     rows = ShardRows(ShardFolder("/nowhere"), described, ["image"])
-    order = pass_order(rows, seed, 0)
+    order = draw_pass(rows, seed, 0).rows
     assert sorted(order.tolist()) == list(range(len(rows)))
-    assert (order == pass_order(rows, seed, 0)).all()
+    assert (order == draw_pass(rows, seed, 0).rows).all()
     places = [rows.place(index) for index in range(len(rows))]
     assert places == [(str(place), row) for place, groups in enumerate(shards) for row in range(sum(groups))]
 
@@ -153,16 +153,59 @@ def test_rows_of_their_own_group_come_in_any_order_equally_often():
     rows, seeds = in_memory([1] * 4), 2400
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(seeds):
-        order = tuple(pass_order(rows, seed, 1).tolist())
+        order = tuple(draw_pass(rows, seed, 1).rows.tolist())
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 24
     assert sum((found - seeds / 24) ** 2 / (seeds / 24) for found in counts.values()) < 49.7  # χ², 23, 0.1 %
 
 
+class Elsewhere(ShardFolder):
+    """A folder whose shards count as fetched."""
+
+    remote = True
+
+    def __init__(self, folder: str, asked: list[str]) -> None:
+        super().__init__(folder)
+        self.__dict__["asked"] = asked
+
+    def path(self, name: str) -> Path:
+        self.__dict__["asked"].append(name)
+        return super().path(name)
+
+
+def test_shards_that_are_fetched_are_taken_in_sets():
+    shards = [Shard(str(place), np.ones(10, np.int32), 0) for place in range(11)]
+    rows = ShardRows(Elsewhere("/nowhere", []), shards, ["image"])
+    drawn = draw_pass(rows, 5, 0, set_rows=25)
+    assert sorted(drawn.rows.tolist()) == list(range(110))
+    assert drawn.set_ends.tolist() == [30, 60, 110]
+    starts = [0, *drawn.set_ends[:-1]]
+    for start, end, members in zip(starts, drawn.set_ends, drawn.set_shards, strict=True):
+        assert set(drawn.rows[start:end] // 10) == set(members)
+    assert [members.tolist() for members in draw_pass(rows, 5, 1, set_rows=25).set_shards] != [
+        members.tolist() for members in drawn.set_shards
+    ]
+    assert draw_pass(rows, 5, 0, set_rows=2048).set_ends.tolist() == [110]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_only_the_sets_of_shards_in_sight_are_fetched(tmp_path, shuffle):
+    write_shards(tmp_path, [10] * 8, group=1)
+    rows = open_rows(tmp_path, "train", columns=("image",))
+    asked: list[str] = []
+    elsewhere = ShardRows(Elsewhere(str(tmp_path), asked), rows.shards, rows.columns)
+    stream = SampleStream(elsewhere, red, seed=1, micro_batch_size=1, buffer_size=20, shuffle=shuffle)
+    for count in (5, 80, 160):
+        samples = list(itertools.islice(stream, count))
+        assert len({int(sample["pixel_values"][0]) for sample in samples}) == min(count, 80)
+        elsewhere._fetcher.join()
+        assert len(set(asked)) == (8 if count > 5 else 4 if shuffle else 2)
+
+
 def test_rows_of_a_large_group_stand_a_lane_apart():
     rows = in_memory([5] * 64, num_bytes=2**40)
     assert num_lanes(rows) == 8
-    order = pass_order(rows, 0, 0)
+    order = draw_pass(rows, 0, 0).rows
     places = np.argsort(order).reshape(64, 5)
     assert (np.diff(np.sort(places), axis=1) == 8).all()
     assert (np.diff(places, axis=1) < 0).any()  # not in stored order

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import socket
 
 import datasets
@@ -110,6 +111,7 @@ def test_a_hub_data_set_goes_through_the_same_checks(monkeypatch, tmp_path, writ
         return HubFiles(location, "c" * 40, splits, {"train": 4})
 
     monkeypatch.setattr(shards, "hub_files", files)
+    monkeypatch.setattr(HubFiles, "_last", lambda self, name, size: (folder / name).read_bytes()[-size:])
     monkeypatch.setattr(hub_files, "pull_file", lambda location, name, *, commit, kind: folder / name)
     rows = open_rows("org/name", "train", revision="v1")
     assert asked == {"location": "org/name", "revision": "v1"}
@@ -121,13 +123,52 @@ def test_a_hub_data_set_goes_through_the_same_checks(monkeypatch, tmp_path, writ
     with pytest.raises(InputError, match=f"{names[0]} of 'org/name': column 'mask' is missing"):
         open_rows("org/name", "train", columns=("image", "mask"))
     with pytest.raises(InputError, match="bare.parquet of 'org/name': column 'label' holds int64, not image bytes"):
-        list(open_rows("org/name", "other"))
+        open_rows("org/name", "other")
     with pytest.raises(InputError, match="no rows in split 'none' of https://huggingface.co/datasets/org/name"):
         open_rows("org/name", "none")
     with pytest.raises(InputError, match="broken.parquet of 'org/name' is not a readable parquet file"):
         open_rows("org/name", "broken")
     with pytest.raises(InputError, match="no such split, did you mean 'train'.*splits: train, other"):
         open_rows("org/name", "trains")
+
+
+def test_a_footer_is_asked_for_in_parts_and_compared_with_the_shard(monkeypatch, write_folder):
+    folder = write_folder(make_rows(6), per_shard=3)
+    (first, second) = sorted(path.name for path in folder.glob("*.parquet"))
+    asked = []
+
+    def last(self: HubFiles, name: str, size: int) -> bytes:
+        asked.append(size)
+        return (folder / first).read_bytes()[-size:]
+
+    splits = {"train": (first, second)}
+    monkeypatch.setattr(shards, "hub_files", lambda location, revision: HubFiles(location, "c" * 40, splits, {}))
+    monkeypatch.setattr(HubFiles, "_last", last)
+    monkeypatch.setattr(hub_files, "_FOOTER_BYTES", 100)
+    fetched = []
+    monkeypatch.setattr(
+        hub_files, "pull_file", lambda location, name, *, commit, kind: fetched.append(name) or folder / name
+    )
+    rows = open_rows("org/name", "train")
+    needed = int.from_bytes((folder / first).read_bytes()[-8:-4], "little") + 8
+    assert sorted(asked) == [100, 100, needed, needed] and not fetched
+    assert len(rows) == 6 and rows[4]["id"] == "row004" and fetched == [second]
+    write_shard(folder / second, make_rows(2))
+    with pytest.raises(InputError, match=f"{second} of 'org/name' is not what it was when the run began"):
+        open_again = pickle.loads(pickle.dumps(rows))
+        open_again[4]
+    # What is no footer, or no answer, makes the shard itself be fetched.
+    for answer in (b"x" * 100, OSError("answer 200 to the request for a part")):
+        fetched.clear()
+
+        def wrong(self: HubFiles, name: str, size: int, answer: bytes | OSError = answer) -> bytes:
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(HubFiles, "_last", wrong)
+        assert len(open_rows("org/name", "train")) == 5
+        assert sorted(fetched) == [first, second]
 
 
 def test_whatever_reading_fails_with_becomes_one_line():

@@ -32,6 +32,7 @@ class Fault:
         after: how many matching requests it lets pass first.
         retry_after: seconds in the Retry-After header of 429 and 503; None: no such header.
         seconds: of `delay`.
+        whole: only requests for whole files, or for what has no parts; False: any.
     """
 
     kind: int | str
@@ -41,14 +42,15 @@ class Fault:
     after: int
     retry_after: int | None
     seconds: float
+    whole: bool
 
     def __post_init__(self) -> None:
         if self.kind not in REASONS and self.kind not in MANGLED:
             raise ValueError(f"unknown fault {self.kind!r} (there are {[*REASONS, *MANGLED]})")
 
-    def matches(self, method: str, path: str) -> bool:
-        """Whether it concerns this request."""
-        return self.method in (None, method) and re.search(self.path, path) is not None
+    def matches(self, method: str, path: str, part: bool) -> bool:
+        """Whether it concerns this request, which may be for a part of a file."""
+        return not (self.whole and part) and self.method in (None, method) and re.search(self.path, path) is not None
 
 
 class Faults:
@@ -73,11 +75,11 @@ class Faults:
         with self._lock:
             return [fault for fault in self._faults if 0 < fault.times < math.inf]
 
-    def strike(self, method: str, path: str) -> Fault | None:
+    def strike(self, method: str, path: str, part: bool) -> Fault | None:
         """The fault that this request meets; the one that was injected first, if several match."""
         with self._lock:
             for fault in self._faults:
-                if fault.times <= 0 or not fault.matches(method, path):
+                if fault.times <= 0 or not fault.matches(method, path, part):
                     continue
                 if fault.after > 0:
                     fault.after -= 1

@@ -115,9 +115,10 @@ class LoopbackHub:
         after: int = 0,
         retry_after: int | None = 0,
         seconds: float = 1.0,
+        whole: bool = False,
     ) -> None:
         """Let coming requests meet a fault; see `Fault`. `times=math.inf`: all of them."""
-        self.faults.add(Fault(fault, method, path, times, after, retry_after, seconds))
+        self.faults.add(Fault(fault, method, path, times, after, retry_after, seconds, whole))
 
     def add_model(self, repo_id: str, files: Mapping[str, bytes] | str | os.PathLike, **settings: bool) -> Repo:
         """Put a model there without HTTP, or commit to it if it is there: files by path, or all of a folder.
@@ -167,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub: LoopbackHub = self.server.hub
         url = urlsplit(self.path)
         body = self._body()
-        fault = hub.faults.strike(self.command, url.path)
+        fault = hub.faults.strike(self.command, url.path, "Range" in self.headers)
         if fault is not None and isinstance(fault.kind, int):
             return self._send(url.path, refusal(fault.kind, fault.retry_after))
         response = hub.answer(
