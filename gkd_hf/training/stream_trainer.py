@@ -27,6 +27,7 @@ from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 from gkd_hf.training.progress import stage_progress
+from gkd_hf.training.stream_position import StreamPosition
 
 
 class NonFiniteLossError(InputError):
@@ -72,6 +73,10 @@ class StreamTrainer(Trainer, ABC):
         self.recorder = StageRecorder()
         self.add_callback(self.recorder)
         self._start_step = 0
+        self._position: StreamPosition | None = None
+        if isinstance(train_dataset, SampleStream):
+            self._position = StreamPosition(train_dataset, args.global_batch_size)
+            self.add_callback(self._position)
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._first_bad: dict[str, torch.Tensor] | None = None
@@ -87,7 +92,7 @@ class StreamTrainer(Trainer, ABC):
             args.per_device_train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
-            start=self._start_step * args.global_batch_size,
+            start=self._position.start,
         )
         workers = args.dataloader_num_workers
         loader = DataLoader(
@@ -140,13 +145,15 @@ class StreamTrainer(Trainer, ABC):
             resume_from_checkpoint: a checkpoint, or True for the last complete one of the output folder, if any.
 
         Raises:
-            InputError: no such checkpoint.
+            InputError: no such checkpoint, or one of other data or another seed.
             NonFiniteLossError: the loss left the finite numbers.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         checkpoint = resume_from_checkpoint or None
         self._start_step = checkpoint_step(checkpoint) if checkpoint else 0
+        if self._position is not None:
+            self._position.begin(checkpoint)
         if checkpoint is None and self.is_world_process_zero():
             for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
                 path.unlink()
