@@ -229,6 +229,11 @@ def domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
+def domain_names(joined: str) -> tuple[str, ...]:
+    """Return the domains of `gtav+synthia`: names joined by "+" stand for the mixture of these domains."""
+    return tuple(name.strip() for name in joined.split("+"))
+
+
 def label_space(domain_name: str) -> LabelSpace:
     """Return the label space of a domain; raises ``InputError`` for a domain that has none of its own."""
     entry = domain(domain_name)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import gkd_hf
+from gkd_hf.data.domains import domain_names
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
 from gkd_hf.evaluation.report_figure import FigureCell, FigureRow, draw_report
@@ -188,7 +189,7 @@ class DomainReport:
     # What the three forms of the report share.
 
     def _is_source(self, domain: str) -> bool:
-        return domain == self.source or domain in self.source.split("+")
+        return domain in domain_names(self.source)
 
     def _domains(self) -> tuple[list[str], list[str]]:
         """Source and target domains, each in the order in which they were first added."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_hf.data.domains import Domain, domain
+from gkd_hf.data.domains import Domain, domain, domain_names
 from gkd_hf.data.shards import is_hub_id
 
 PERMISSIVE = "apache-2.0"
@@ -49,7 +49,7 @@ def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
     found: dict[str, Terms] = {}
     for stage in (settings.get("stages") or {}).values():
         if stage is not None:
-            found[stage["data"]] = data_terms(settings, stage["data"], "trained on")
+            found |= {name: data_terms(settings, name, "trained on") for name in domain_names(stage["data"])}
     terms = list(found.values()) or [Terms("trained on", "images", "unknown here: no recipe names them", "")]
     teacher = settings.get("teacher")
     if teacher:

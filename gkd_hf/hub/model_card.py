@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from gkd_hf.data.domains import domain_names
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed, wrapped
 from gkd_hf.hub.licences import (
@@ -163,7 +164,7 @@ class GKDModelCard:
 
     def _trained_domains(self) -> list[str]:
         stages = (self.facts.settings.get("stages") or {}).values()
-        return list(dict.fromkeys(stage["data"] for stage in stages if stage))
+        return list(dict.fromkeys(name for stage in stages if stage for name in domain_names(stage["data"])))
 
     def _hub_datasets(self) -> list[str]:
         places = [data_place(self.facts.settings, name) for name in self._trained_domains()]
@@ -181,6 +182,7 @@ class GKDModelCard:
                 continue
             unseen = name in self.report["targets"]
             place = data_place(self.facts.settings, name)
+            mixed = len(domain_names(name)) > 1
             found.append(
                 EvalResult(
                     task_type="image-segmentation",
@@ -189,7 +191,7 @@ class GKDModelCard:
                     # Domains that lie in one data set would else be taken for one, with two results.
                     dataset_config=name,
                     dataset_name=f"{name} ({'unseen in training' if unseen else 'source, held out'})",
-                    dataset_split=card_domain(name).splits.get("test"),
+                    dataset_split=None if mixed else card_domain(name).splits.get("test"),
                     metric_type="mean_iou",
                     metric_name="mean IoU in percent",
                     metric_value=result["miou"],
@@ -223,7 +225,7 @@ class GKDModelCard:
             "by_domain": self.by_domain() if self.report else None,
             "by_class": self.by_class() if self.report else None,
             "baseline": bool(self.report and self.report["baselines"]),
-            "toy": bool(task) and is_rendered(settings, task["data"]),
+            "toy": bool(task) and any(is_rendered(settings, name) for name in domain_names(task["data"])),
             "toy_teacher": (settings.get("teacher") or {}).get("name") == "toy",
             "figure": "report.png" in self.files,
             "unshown": self._unshown(),
@@ -248,7 +250,8 @@ class GKDModelCard:
         """Domains that were measured and of which no picture goes with the model."""
         if not self.report:
             return []
-        measured = [*([self.report["source"]] if self.report["source_result"] else []), *self.report["targets"]]
+        sources = domain_names(self.report["source"]) if self.report["source_result"] else ()
+        measured = [*sources, *self.report["targets"]]
         return [name for name in measured if not may_be_shown(self.facts.settings, name)]
 
     def _student(self) -> str:

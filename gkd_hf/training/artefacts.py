@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
+from gkd_hf.data.domains import domain_names
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.evaluation.domain_report import DomainReport
 from gkd_hf.hub import handler
@@ -66,7 +67,7 @@ def _save_pictures(place: Path, report: DomainReport, facts: RunFacts) -> None:
         report.draw(place / "report.png", shown)
     for name in shown:
         examples = report.results[name].examples
-        if name != report.source and examples:
+        if name not in domain_names(report.source) and examples:
             Image.fromarray(examples[0][0]).save(place / "example.png")
             return
 
@@ -82,7 +83,7 @@ def resolved_commits(recipe: Recipe) -> dict[str, str]:
         commit = pulled_commit(name, revision) if isinstance(name, str) and name != "toy" else None
         if commit:
             found[role] = commit
-    for domain in dict.fromkeys(stage.data for _, stage in recipe.stages):
+    for domain in dict.fromkeys(name for _, stage in recipe.stages for name in stage.domains):
         root = data_root(recipe, domain)
         if root is None or not is_hub_id(root):
             continue

@@ -65,7 +65,7 @@ def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) 
 
 def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:
     """Optimiser steps of a stage; raises `InputError` if neither recipe nor data tell."""
-    steps = stage.max_steps or stage.steps(data.train_images(stage.data))
+    steps = stage.max_steps or stage.steps(data.train_images(stage))
     if not steps:
         raise InputError(
             f"stages.{name}: the number of images of '{stage.data}' is not known: give max_steps, not epochs"

@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream
-from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
+from gkd_hf.data.transforms import DistillationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_versions
 from gkd_hf.hub.model_card import report_table
@@ -39,8 +38,8 @@ from gkd_hf.training.artefacts import resolved_commits, same_settings, write_enc
 from gkd_hf.training.checks import check_grids, check_output_dir, lock_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.progress import bars_are_seen, duration
-from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
-from gkd_hf.training.recipe_data import TOY_TEACHER, DataUse, RecipeData, is_rendered
+from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe
+from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.stage_folder import StageFolder
 
@@ -185,17 +184,22 @@ class Pipeline:
         return folders
 
     def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
+        """What decides a stage's samples, beside the stage's own keys; of several domains by name."""
+        found = {name: self._domain_settings(name, stage) for name in stage.domains}
+        return found if len(found) > 1 else found[stage.data]
+
+    def _domain_settings(self, name: str, stage: StageRecipe) -> dict[str, Any]:
         data = self.recipe.data
-        if is_rendered(self.recipe, stage.data):
+        if is_rendered(self.recipe, name):
             # Where the scenes are depends on output_dir, which may be moved; what they are does not.
             toy_city = dataclasses.asdict(data.toy_city)
             del toy_city["test_images"]
             return {"toy_city": toy_city}
-        place = self.data.location(stage.data)
+        place = self.data.location(name)
         root = os.path.abspath(place) if os.path.isdir(place) else place
-        settings = {"root": root, "revision": self.data.revision(stage.data)}
+        settings = {"root": root, "revision": self.data.revision(name)}
         if isinstance(stage, TaskRecipe):
-            settings |= {"label_map": data.label_maps.get(stage.data), "classes": data.classes}
+            settings |= {"label_map": data.label_maps.get(name), "classes": data.classes}
         return settings
 
     # -- stages -------------------------------------------------------------------------------------------------------
@@ -215,7 +219,7 @@ class Pipeline:
             rand_augment=stage.rand_augment,
             erase_probability=stage.erase_probability,
         )
-        stream = self._stream(stage, transform, arguments, labelled=False)
+        stream = self.data.stream(stage, transform, arguments.per_device_train_batch_size)
         trainer = GKDDistillationTrainer(student, self._teacher(), arguments, stream, title=name)
         if previous is not None and stage.carry_heads:
             trainer.objective.load_state_dict(load_file(previous.heads))
@@ -248,8 +252,8 @@ class Pipeline:
             max_class_fraction=stage.max_class_fraction,
             photometric=stage.photometric,
         )
-        stream = self._stream(stage, transform, arguments, labelled=True)
-        sets = {domain: self._evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
+        stream = self.data.stream(stage, transform, arguments.per_device_train_batch_size)
+        sets = {domain: self.data.evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
         trainer = GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
         if untrained:
             self._train(trainer, folder, model.save_pretrained)
@@ -359,38 +363,6 @@ class Pipeline:
             seed=self.recipe.seed,
             **{key: getattr(stage, key) for key in COPIED_SETTINGS},
             **settings,
-        )
-
-    def _stream(
-        self,
-        stage: StageRecipe,
-        transform: DistillationTransform | SegmentationTransform,
-        arguments: GKDDistillationArguments | GKDSegmentationArguments,
-        *,
-        labelled: bool,
-    ) -> SampleStream:
-        use = DataUse(stage.data, "train", labelled)
-        return SampleStream(
-            self.data.rows(use),
-            transform,
-            seed=self.recipe.seed,
-            micro_batch_size=arguments.per_device_train_batch_size,
-            domain=stage.data,
-            label_map=self.data.label_map(stage.data) if labelled else None,
-            num_rows=self.data.num_rows(use),
-        )
-
-    def _evaluation_set(self, name: str, mean: list[float], std: list[float]) -> EvaluationSet:
-        entry = recipe_domain(name)
-        use = DataUse(name, "test", True)
-        return EvaluationSet(
-            self.data.rows(use),
-            EvaluationTransform(mean, std, size=entry.test_size, keep_ratio=entry.keep_ratio),
-            domain=name,
-            label_map=self.data.label_map(name),
-            label_space=self.data.label_space,
-            limit=self.recipe.stages.task.evaluation_images,
-            num_rows=self.data.num_rows(use),
         )
 
     # -- results ------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def _encoder_lines(role: str, encoder: PlannedEncoder, note: str = "") -> list[s
 def _stage_lines(
     recipe: Recipe, name: str, stage: StageRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
 ) -> list[str]:
-    images = train_images(recipe, stage.data, ask_hub=False)
+    images = train_images(recipe, stage, ask_hub=False)
     steps = stage.steps(images)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = stage.gradient_accumulation_steps
@@ -247,13 +247,14 @@ def _evaluation_lines(recipe: Recipe) -> list[str]:
     stage = recipe.stages.task
     if stage is None:
         return ["evaluation: none (no task stage)"]
-    own = f"{stage.data} (held-out split), " if recipe.source_test and stage.data not in recipe.evaluate else ""
+    held_out = [name for name in stage.domains if "test" in recipe_domain(name).splits and name not in recipe.evaluate]
+    own = f"{', '.join(held_out)} (held-out split), " if recipe.source_test and held_out else ""
     unseen = ", ".join(recipe.evaluate) or "no unseen domain"
     return [f"evaluation: {own}{unseen}; windows of {stage.window}, stride {stage.stride}"]
 
 
 def _data_lines(recipe: Recipe) -> list[str]:
-    trained = [stage.data for _, stage in recipe.stages]
+    trained = [name for _, stage in recipe.stages for name in stage.domains]
     names = dict.fromkeys([*trained, *recipe.evaluate])
     lines = ["data:"]
     for name in names:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-from gkd_hf.data.domains import Domain, domain
+from gkd_hf.data.domains import Domain, domain, domain_names
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 
 METHODS = ("gkd", "mse")
@@ -48,9 +48,10 @@ class TeacherRecipe:
 class StageRecipe:
     """What all stages share. `batch_size` is global: over all processes and accumulation steps."""
 
-    data: str = MISSING
+    data: str = MISSING  # a domain, or several that are mixed, joined by "+": gtav+synthia
     image_size: int = MISSING
     batch_size: int = MISSING
+    weights: list[float] | None = None  # how often each of several domains is drawn; None: by its number of images
     patch_size: int | None = None  # None: the encoder's own
     epochs: float | None = None  # either epochs or max_steps
     max_steps: int | None = None
@@ -62,6 +63,11 @@ class StageRecipe:
     save_steps: int = 1000
     logging_steps: int = 50
     workers: int = 2
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domain that the stage reads, or all that are mixed."""
+        return domain_names(self.data)
 
     def steps(self, train_images: int | None) -> int | None:
         """Optimiser steps of the stage; None where `epochs` is given and the number of images is not known."""

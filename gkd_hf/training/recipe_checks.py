@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -123,7 +124,9 @@ def _check_hub(recipe: Recipe, origin: str) -> None:
 
 
 def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_domain: Any) -> None:
-    known_domain(f"{key}.data", stage.data)
+    for name in stage.domains:
+        known_domain(f"{key}.data", name)
+    _check_mixture(key, stage, origin)
     one_of(f"{key}.precision", stage.precision, PRECISIONS)
     _check_numbers(key, stage, origin)
     if (stage.epochs is None) == (stage.max_steps is None):
@@ -145,6 +148,21 @@ def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_d
         sides = stage.short_sides
         if sides is not None and (not sides or min(sides) < 1):
             raise InputError(f"{origin}: {key}.short_sides is {sides}: give lengths of 1 pixel or more, or null")
+
+
+def _check_mixture(key: str, stage: StageRecipe, origin: str) -> None:
+    if len(set(stage.domains)) < len(stage.domains):
+        raise InputError(f"{origin}: {key}.data names a domain twice: {stage.data}")
+    weights = stage.weights
+    if weights is None:
+        return
+    if len(weights) != len(stage.domains):
+        raise InputError(
+            f"{origin}: {key}.weights has {len(weights)} number(s) but {key}.data names {len(stage.domains)} "
+            f"domain(s) ({stage.data}): give one for each, in that order, or leave weights out"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError(f"{origin}: {key}.weights is {weights}: every weight must be more than 0 and finite")
 
 
 _AT_LEAST_ZERO = {

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
 
 from gkd_hf.data.domains import Domain, LabelSpace, label_space, own_label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.data.manifest import find_manifest
-from gkd_hf.data.shards import count_rows, is_hub_id, open_rows
+from gkd_hf.data.mixing import Source
+from gkd_hf.data.shards import Rows, count_rows, is_hub_id, open_rows
+from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.toy_city import STYLES, write_shards
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
+from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
-from gkd_hf.training.recipe import Recipe, recipe_domain
+from gkd_hf.training.recipe import Recipe, StageRecipe, TaskRecipe, recipe_domain
 
 TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
 POOL_STYLE = "pool"
@@ -57,24 +59,32 @@ class RecipeData:
 
     @property
     def source(self) -> str | None:
-        """The domain whose labels are used; None without a task stage."""
+        """The domain whose labels are used, or several joined by "+"; None without a task stage."""
         return self.recipe.stages.task.data if self.recipe.stages.task else None
 
     def evaluated(self) -> list[str]:
-        """Domains to evaluate, the source's held-out split first."""
-        own = [self.source] if self.recipe.source_test and self.source not in self.recipe.evaluate else []
-        return [*own, *self.recipe.evaluate] if self.source else []
+        """Domains to evaluate, the sources' held-out splits first.
+
+        Of several sources those that have none are left out; raises `InputError` if no source has one.
+        """
+        task = self.recipe.stages.task
+        if task is None:
+            return []
+        held_out = [name for name in task.domains if "test" in recipe_domain(name).splits]
+        if self.recipe.source_test and not held_out:
+            raise InputError(f"'{task.data}' has no held-out split to evaluate: set source_test=false")
+        own = [name for name in held_out if self.recipe.source_test and name not in self.recipe.evaluate]
+        return [*own, *self.recipe.evaluate]
 
     def uses(self) -> list[DataUse]:
         """Every split that the run reads, each once; with its labels if any stage needs them."""
         found: dict[tuple[str, str], DataUse] = {}
         for name, stage in self.recipe.stages:
-            key = (stage.data, "train")
-            labelled = name == "task" or (key in found and found[key].labelled)
-            found[key] = DataUse(stage.data, "train", labelled)
+            for domain in stage.domains:
+                key = (domain, "train")
+                labelled = name == "task" or (key in found and found[key].labelled)
+                found[key] = DataUse(domain, "train", labelled)
         for name in self.evaluated():
-            if name == self.source and "test" not in recipe_domain(name).splits:
-                raise InputError(f"domain '{name}' has no held-out split to evaluate: set source_test=false")
             found[name, "test"] = DataUse(name, "test", True)
         return list(found.values())
 
@@ -122,7 +132,7 @@ class RecipeData:
             )
         return "identity"
 
-    def rows(self, use: DataUse) -> datasets.IterableDataset:
+    def rows(self, use: DataUse) -> Rows:
         """The undecoded rows of a split."""
         return open_rows(
             self.location(use.domain),
@@ -131,9 +141,35 @@ class RecipeData:
             revision=self.revision(use.domain),
         )
 
-    def train_images(self, name: str) -> int | None:
-        """`train_images` of a domain of the recipe."""
-        return train_images(self.recipe, name)
+    def stream(
+        self, stage: StageRecipe, transform: DistillationTransform | SegmentationTransform, micro_batch_size: int
+    ) -> SampleStream:
+        """The training samples of a stage, of all its domains; labelled if it is the task stage."""
+        labelled = isinstance(stage, TaskRecipe)
+        sources = []
+        for name, weight in zip(stage.domains, stage.weights or [None] * len(stage.domains), strict=True):
+            use = DataUse(name, "train", labelled)
+            label_map = self.label_map(name) if labelled else None
+            sources.append(Source(self.rows(use), name, label_map, weight, self.num_rows(use)))
+        return SampleStream.mixed(sources, transform, seed=self.recipe.seed, micro_batch_size=micro_batch_size)
+
+    def evaluation_set(self, name: str, mean: Sequence[float], std: Sequence[float]) -> EvaluationSet:
+        """The test images of a domain, at its test size; ``mean`` and ``std`` are the student's."""
+        entry = recipe_domain(name)
+        use = DataUse(name, "test", True)
+        return EvaluationSet(
+            self.rows(use),
+            EvaluationTransform(mean, std, size=entry.test_size, keep_ratio=entry.keep_ratio),
+            domain=name,
+            label_map=self.label_map(name),
+            label_space=self.label_space,
+            limit=self.recipe.stages.task.evaluation_images,
+            num_rows=self.num_rows(use),
+        )
+
+    def train_images(self, stage: StageRecipe) -> int | None:
+        """`train_images` of a stage of the recipe."""
+        return train_images(self.recipe, stage)
 
     def render_toy_city(self, progress: bool) -> None:
         """Write the toy-city domains in use as shards under output_dir/data; what is there already stays."""
@@ -189,14 +225,19 @@ def data_root(recipe: Recipe, name: str) -> str | None:
     return None if root is None else os.path.expanduser(root)
 
 
-def train_images(recipe: Recipe, name: str, *, ask_hub: bool = True) -> int | None:
-    """Number of a domain's training images: as rendered, as counted, or else as published; None if nobody knows.
+def train_images(recipe: Recipe, stage: StageRecipe, *, ask_hub: bool = True) -> int | None:
+    """Number of a stage's training images: as rendered, as counted, or else as published; None if nobody knows.
 
     Args:
         recipe: says how many scenes are rendered, and where data is.
-        name: the domain.
+        stage: one of the recipe's; the images of all its domains are counted.
         ask_hub: whether the Hub may be asked how many rows a data set has.
     """
+    counts = [_domain_images(recipe, name, ask_hub) for name in stage.domains]
+    return None if None in counts else sum(counts)
+
+
+def _domain_images(recipe: Recipe, name: str, ask_hub: bool) -> int | None:
     if is_rendered(recipe, name):
         return toy_city_images(recipe, name, "train")
     entry, root = recipe_domain(name), data_root(recipe, name)
@@ -243,7 +284,7 @@ def task_label_space(recipe: Recipe) -> LabelSpace | None:
     if recipe.stages.task is None:
         return None
     classes = recipe.data.classes
-    source = recipe_domain(recipe.stages.task.data)
+    source, *others = map(recipe_domain, recipe.stages.task.domains)
     if is_custom(source):
         if not classes:
             raise InputError(
@@ -255,6 +296,12 @@ def task_label_space(recipe: Recipe) -> LabelSpace | None:
         if classes:
             raise InputError(f"data.classes is only for a source that is custom; '{source.name}' has its own classes")
         space = label_space(source.name)
+    for other in others:
+        if not is_custom(other) and other.label_space != source.label_space:
+            raise InputError(
+                f"stages.task.data: '{other.name}' has {_classes_of(other)}, but '{source.name}' those of "
+                f"{space.name}; mix domains that share their classes"
+            )
     for name in recipe.evaluate:
         target = recipe_domain(name)
         if not is_custom(target) and target.label_space != source.label_space:

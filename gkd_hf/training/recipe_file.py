@@ -80,7 +80,7 @@ def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
 
 def _use_canonical_names(recipe: Recipe) -> None:
     for _, stage in recipe.stages:
-        stage.data = canonical_name(stage.data)
+        stage.data = "+".join(map(canonical_name, stage.domains))
     recipe.evaluate = [canonical_name(name) for name in recipe.evaluate]
     recipe.data.roots = {canonical_name(name): root for name, root in recipe.data.roots.items()}
     recipe.data.revisions = {canonical_name(name): given for name, given in recipe.data.revisions.items()}

@@ -39,7 +39,7 @@ def write_recipe(folder: Path) -> Path:
         "teacher": {"name": str(folder / "teacher")},
         "stages": {
             "task_agnostic": distil | {"data": "toy_city:pool"},
-            "domain_agnostic": distil | {"data": "toy_city", "query_warmup_steps": 0},
+            "domain_agnostic": distil | {"data": "toy_city+toy_city:pool", "weights": [1, 3], "query_warmup_steps": 0},
             "task": stage | {"data": "toy_city", "decode_head": "linear", "window": 32, "stride": 32},
         },
         "evaluate": ["toy_city:night"],
