@@ -11,6 +11,9 @@ from typing import Any
 
 from gkd_hf.errors import InputError
 
+BAD_ROW_LIMIT = 0.01
+"""The fraction of a domain's rows that may be bad: so many are skipped, more stop the run."""
+
 _DETAIL = re.compile(r"\s*\(.*", re.DOTALL)
 _SHOWN = 10
 
@@ -108,15 +111,6 @@ class BadRows:
                 among = f"among {num_rows}, of which only {self.attempted} were looked at"
             if among is not None:
                 raise _too_many(self._domain, list(self._entries.values()), among, self._limit)
-        return entry
-        self._entries[_key(entry)] = entry
-        bad = len(self._entries)
-        if bad > 1:
-            num_rows = self._num_rows()
-            expected = self._limit * min(self.attempted, num_rows)
-            limit = 0.0 if bad > expected + 4 * math.sqrt(expected) + 3 else self._limit
-            if bad > limit * num_rows:
-                check_bad_rows(self._domain, list(self._entries.values()), num_rows, limit)
         return entry
 
 

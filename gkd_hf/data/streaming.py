@@ -10,16 +10,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-import PIL.Image
 import torch
 import torch.utils.data
 from torch.utils.data import default_collate
 
-from gkd_hf.data.bad_rows import BadRows, WrongLabel, check_bad_rows, row_identity
-from gkd_hf.data.decoding import CorruptImage, EncodedImage, decode_image, decode_label
+from gkd_hf.data.bad_rows import BAD_ROW_LIMIT, BadRows, check_bad_rows, row_identity
+from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.mixing import MixedOrder, Source, check_sources
+from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, open_rows
 from gkd_hf.data.streamed_order import StreamedOrder
@@ -49,57 +49,6 @@ class DataError(InputError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition("DataError: ")[2].strip())
-
-
-class _RowDecoder:
-    """Raw row → upright RGB image and, if there is a label map, train ids; checks that they belong together."""
-
-    def __init__(self, domain: str, label_map: LabelMap | None) -> None:
-        self._domain = domain
-        self._label_map = label_map
-        self.labelled = label_map is not None
-
-    def __call__(self, row: dict) -> tuple[PIL.Image.Image, np.ndarray | None]:
-        """Decode the whole image and its label."""
-        encoded = self._encoded(row)
-        image = encoded.decode()
-        return image, self._label(row, encoded.size)
-
-    def crop(
-        self, row: dict, transform: DistillationTransform | SegmentationTransform, rng: np.random.Generator
-    ) -> dict[str, torch.Tensor]:
-        """Transform a row whose crop is drawn first, so that no more of its image is decoded than the crop needs."""
-        encoded = self._encoded(row)
-        try:
-            label = self._label(row, encoded.size)
-        except CorruptImage:
-            encoded.decode()  # of a row that is wrong twice, the image is told
-            raise
-        crop = transform.draw(encoded.size, rng, label)
-        image, box = encoded.decode_crop(crop.box, crop.size)
-        return transform.finish(image, box, crop, rng)
-
-    def _encoded(self, row: dict) -> EncodedImage:
-        if "image" not in row:
-            raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
-        return EncodedImage(row["image"])
-
-    def _label(self, row: dict, size: tuple[int, int]) -> np.ndarray | None:
-        if self._label_map is None:
-            return None
-        if "label" not in row:
-            raise InputError(f"domain '{self._domain}': no column 'label' (columns present: {', '.join(row)})")
-        where, (width, height) = f"domain '{self._domain}'", size
-        try:
-            label = decode_label(row["label"], where)
-            if label.shape != (height, width):
-                raise CorruptImage(
-                    f"label: of another size than its image ({label.shape[1]}×{label.shape[0]}, "
-                    f"the image {width}×{height})"
-                )
-            return self._label_map.apply(label, where)
-        except WrongLabel as error:
-            raise CorruptImage(error.reason) from error
 
 
 def _undecoded(rows: Rows) -> Rows:
@@ -167,7 +116,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         buffer_size: int = 2048,
         domain: str = "",
         label_map: LabelMap | None = None,
-        bad_row_limit: float = 0.01,
+        bad_row_limit: float = BAD_ROW_LIMIT,
         num_rows: int | None = None,
     ) -> None:
         if seed < 0:
@@ -255,7 +204,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         worker, num_workers = _worker()
         order = MixedOrder(self.sources, seed=self.seed, shuffle=self.shuffle, buffer_size=self.buffer_size)
         readers = [
-            (_RowDecoder(source.domain, source.label_map), BadRows(source.domain, self.bad_row_limit, num_rows))
+            (RowDecoder(source.domain, source.label_map), BadRows(source.domain, self.bad_row_limit, num_rows))
             for source, num_rows in zip(self.sources, order.row_counts(), strict=True)
         ]
         global_batch = self.micro_batch_size * self.world_size
@@ -266,7 +215,7 @@ class SampleStream(torch.utils.data.IterableDataset):
                 sample, reported = self._next_readable(index, order, readers)
                 yield {**sample, "index": index, "bad_rows": reported}
 
-    def _transformed(self, row: dict, index: int, decode: _RowDecoder) -> dict[str, torch.Tensor]:
+    def _transformed(self, row: dict, index: int, decode: RowDecoder) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
         if isinstance(self.transform, SegmentationTransform if decode.labelled else DistillationTransform):
             return decode.crop(row, self.transform, rng)
@@ -274,7 +223,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
 
     def _next_readable(
-        self, index: int, order: MixedOrder, readers: Sequence[tuple[_RowDecoder, BadRows]]
+        self, index: int, order: MixedOrder, readers: Sequence[tuple[RowDecoder, BadRows]]
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         reported: list[dict[str, Any]] = []
         for position in itertools.count(index):
@@ -320,7 +269,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         label_space: LabelSpace,
         domain: str,
         limit: int | None = None,
-        bad_row_limit: float = 0.01,
+        bad_row_limit: float = BAD_ROW_LIMIT,
         rank: int = 0,
         world_size: int = 1,
         num_rows: int | None = None,
@@ -362,7 +311,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         streamed = None
         if not isinstance(self.rows, ShardRows):
             streamed = StreamedOrder(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
-        decode = _RowDecoder(self.domain, self.label_map)
+        decode = RowDecoder(self.domain, self.label_map)
         num_rows = (lambda: len(self.rows)) if streamed is None else (lambda: streamed.num_rows)
         bad = BadRows(self.domain, self.bad_row_limit, num_rows)
         # One sample is held back so that bad rows at the end still find one to travel with.

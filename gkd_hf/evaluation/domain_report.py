@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import gkd_hf
+from gkd_hf.data.bad_rows import count_by_reason, distinct
 from gkd_hf.data.domains import domain_names
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
@@ -107,14 +108,15 @@ class DomainReport:
         self.add_skipped_rows(result.skipped)
 
     def add_skipped_rows(self, rows: list[dict[str, Any]]) -> None:
-        """List rows that could not be read, in training or evaluation; a row already listed is not repeated."""
-        self.skipped_rows += [row for row in rows if row not in self.skipped_rows]
+        """List rows that were skipped, in training or evaluation; a row already listed is not repeated."""
+        self.skipped_rows = distinct([*self.skipped_rows, *rows])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of report.json: IoUs in percent, None where nothing was counted."""
         report = {"source": self.source, **self._section(self.results)}
         report["baselines"] = {name: self._section(results) for name, results in self.baselines.items()}
         report["skipped_rows"] = self.skipped_rows
+        report["skipped_by_reason"] = count_by_reason(self.skipped_rows)
         report["settings"] = dict(self.settings)
         report["versions"] = package_versions()
         report["seed"] = self.seed
@@ -124,10 +126,10 @@ class DomainReport:
         """Return the table of mean IoU by domain for the terminal, the mean over the unseen domains last."""
         header = ["domain", *self._column_titles()]
         source_rows, target_rows, mean_row = self._table_rows()
-        unreadable = len(self.skipped_rows)
+        skipped = len(self.skipped_rows)
         lines = [f"mIoU in percent · trained on {self.source} · {len(self.label_space.classes)} classes"]
-        if unreadable:
-            lines.append(f"{unreadable} unreadable row{'s' * (unreadable > 1)} skipped, listed in report.md")
+        if skipped:
+            lines.append(f"{skipped} bad row{'s' * (skipped > 1)} skipped, listed in report.md")
         return "\n".join(
             [
                 *lines,
@@ -275,10 +277,14 @@ class DomainReport:
     def _skipped_list(self) -> str:
         if not self.skipped_rows:
             return "None: every row could be read."
-        shown = [[row.get(key, "") for key in ("domain", "id", "reason")] for row in self.skipped_rows]
+        by_reason = count_by_reason(self.skipped_rows)
+        counts = "\n".join(f"- {count} × {' '.join(reason.split())}" for reason, count in by_reason.items())
+        keys = ("domain", "id", "shard", "row", "reason")
+        shown = [["" if row.get(key) is None else row[key] for key in keys] for row in self.skipped_rows]
         more = len(shown) - MAX_LISTED_ROWS
-        table = markdown_table(["domain", "row", "reason"], shown[:MAX_LISTED_ROWS], align="---")
-        return table + (f"\n\nand {more} more, all in report.json." if more > 0 else "")
+        table = markdown_table(keys, shown[:MAX_LISTED_ROWS], align="---")
+        note = f"\n\nand {more} more, all in report.json." if more > 0 else ""
+        return f"{counts}\n\nRows are counted from 0 within their shard.\n\n{table}{note}"
 
     def _explanation(self) -> str:
         compared = [

@@ -198,7 +198,7 @@ def _shortened_yaml(text: str) -> str:
 def shortened(value: Any) -> Any:
     """The same nested plain value with every path out of the working directory cut to its last component."""
     if isinstance(value, Mapping):
-        return {key: shortened(each) for key, each in value.items()}
+        return {shortened(key): shortened(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [shortened(each) for each in value]
     if not isinstance(value, str):

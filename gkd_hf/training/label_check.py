@@ -1,4 +1,4 @@
-"""Every label of a run's folders is read before the run begins: a wrong one must not end a night of training."""
+"""Every label of a run's folders is read before the run begins: a wrong map must not end a night of training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +16,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label, image_size
+from gkd_hf.data.bad_rows import BAD_ROW_LIMIT, BadRows, count_by_reason
+from gkd_hf.data.decoding import CorruptImage
 from gkd_hf.data.label_maps import LabelMap
+from gkd_hf.data.row_decoder import RowDecoder
+from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, find_shards, readable
-from gkd_hf.errors import InputError
 from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stage_folder import write_json
 
@@ -34,7 +37,7 @@ class LabelledSplit:
     domain: str
     location: str
     split: str
-    rows: Rows
+    rows: ShardRows
     label_map: LabelMap
     limit: int | None
 
@@ -45,7 +48,7 @@ class LabelledSplit:
         return total if self.limit is None else min(total, self.limit)
 
     def facts(self) -> dict[str, Any]:
-        """What a successful check holds for: if any of it changes, the labels are to be checked again."""
+        """What a check holds for: if any of it changes, the labels are to be checked again."""
         shards = [(path, os.stat(path)) for path in find_shards(self.location, self.split)]
         files = [(os.path.basename(path), found.st_size, found.st_mtime_ns) for path, found in shards]
         return {
@@ -57,16 +60,17 @@ class LabelledSplit:
 
 
 def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
-    """Check every label value and size of the splits, but of those that ``memory`` knows to be good.
+    """Check every label of the splits, but of those that ``memory`` knows: values, kind, size.
 
-    Unreadable images are left to the run, which counts them.
+    Rows with a wrong label, or an image whose header cannot be read, are skipped by the run if they are few; how many
+    is said on stderr. Damage inside images is left to the run.
 
     Args:
         splits: what to check.
-        memory: JSON file of the splits found good; written after each of them.
+        memory: JSON file of the splits that were checked; written after each of them.
 
     Raises:
-        InputError: a label value outside the map, a missing or coloured label, image and label of different size.
+        InputError: more than 1 % of a split's rows would be skipped.
     """
     known = _remembered(memory)
     new = {f"{split.domain}/{split.split}": (split, split.facts()) for split in splits}
@@ -76,61 +80,60 @@ def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
     total = sum(facts["rows"] for _, facts in new.values())
     with tqdm(total=total, desc="checking labels", unit="image", disable=no_bar()) as bar:
         for key, (split, facts) in new.items():
-            _check_split(split, facts["rows"], bar)
+            skipped = _check_split(split, facts["rows"], bar)
+            if skipped:
+                reasons = "; ".join(f"{count} × {reason}" for reason, count in count_by_reason(skipped).items())
+                tqdm.write(f"[data] {split.domain} ({split.split}): skipping {reasons}", file=sys.stderr)
             known[key] = facts
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known)
 
 
-def look_at_first_rows(rows: Rows, location: str, split: str, label_map: LabelMap | None = None) -> None:
-    """Decode the first rows of a split, which costs little even where rows are streamed; raises as `check_labels`."""
-    for index, row in enumerate(readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'")):
-        where = _where(location, split, row, index)
+def look_at_first_rows(rows: Rows, domain: str, location: str, split: str, label_map: LabelMap | None = None) -> None:
+    """Decode the first rows of a split, which costs little even where rows are streamed.
+
+    Raises:
+        InputError: more of them are bad than can be by chance.
+    """
+    decode = RowDecoder(domain, label_map)
+    bad = BadRows(domain, BAD_ROW_LIMIT, lambda: len(rows) if isinstance(rows, ShardRows) else FIRST_ROWS)
+    for row in readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'"):
+        bad.attempted += 1
         try:
-            decode_image(row["image"], where)
-        except CorruptImage:
-            continue
-        if label_map is not None:
-            _check_row(row, label_map, where)
+            decode(row)
+        except CorruptImage as error:
+            bad.add(row, str(error), (None, None))
 
 
-def _check_split(split: LabelledSplit, num_rows: int, bar: tqdm) -> None:
-    # Few rows are held at a time, and looked at in their order: the first wrong one is told.
-    pending: deque[Future[None]] = deque()
+def _check_split(split: LabelledSplit, num_rows: int, bar: tqdm) -> list[dict[str, Any]]:
+    """Return the entries of the rows that will be skipped."""
+    decode = RowDecoder(split.domain, split.label_map)
+    bad = BadRows(split.domain, BAD_ROW_LIMIT, lambda: num_rows)
+    skipped: list[dict[str, Any]] = []
+    # Few rows are held at a time, and judged in their order.
+    pending: deque[tuple[int, dict, Future[str | None]]] = deque()
+
+    def judge_next() -> None:
+        index, row, future = pending.popleft()
+        reason = future.result()
+        bad.attempted += 1
+        if reason is not None:
+            skipped.append(bad.add(row, reason, split.rows.place(index)))
+        bar.update()
+
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             rows = readable(itertools.islice(split.rows, num_rows), f"{split.location}, split '{split.split}'")
             for index, row in enumerate(rows):
-                where = _where(split.location, split.split, row, index)
-                pending.append(pool.submit(_check_row, row, split.label_map, where))
+                pending.append((index, row, pool.submit(decode.check, row)))
                 if len(pending) >= _ROWS_AHEAD:
-                    pending.popleft().result()
-                    bar.update()
+                    judge_next()
             while pending:
-                pending.popleft().result()
-                bar.update()
+                judge_next()
         finally:
-            for future in pending:
+            for _, _, future in pending:
                 future.cancel()
-
-
-def _check_row(row: dict, label_map: LabelMap, where: str) -> None:
-    try:
-        width, height = image_size(row["image"])
-        label = decode_label(row["label"], where)
-    except CorruptImage:
-        return
-    if label.shape != (height, width):
-        raise InputError(
-            f"{where}: the image is {width}×{height} pixels but its label {label.shape[1]}×{label.shape[0]}; "
-            "they must agree"
-        )
-    label_map.apply(label, where)
-
-
-def _where(location: str, split: str, row: dict, index: int) -> str:
-    name = row.get("id")
-    return f"{location}, split '{split}', row {index if name is None else name}"
+    return skipped
 
 
 def _digest(content: bytes) -> str:

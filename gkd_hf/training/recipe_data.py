@@ -194,12 +194,12 @@ class RecipeData:
     def check_rows(self) -> None:
         """Open every split in use, so that wrong data is told before any training.
 
-        Of a folder every label that the run reads is checked, once: what was found good is remembered in output_dir.
-        Of a Hub data set the first rows are looked at.
+        Of a folder every label that the run reads is checked, once: that is remembered in output_dir. Of a Hub data
+        set the first rows are looked at.
 
         Raises:
-            InputError: folder, shards, column or rows missing; a label value outside the map; image and label of
-                different size.
+            InputError: folder, shards, column or rows missing; more bad rows than may be skipped, of which a label
+                value outside the map makes one.
         """
         folders = []
         for use in self.uses():
@@ -208,7 +208,7 @@ class RecipeData:
             location, rows = self.location(use.domain), self.rows(use)
             label_map = self.label_map(use.domain) if use.labelled else None
             if label_map is None or is_hub_id(location):
-                look_at_first_rows(rows, location, use.split, label_map)
+                look_at_first_rows(rows, use.domain, location, use.split, label_map)
                 continue
             limit = self.recipe.stages.task.evaluation_images if use.role == "test" else None
             folders.append(LabelledSplit(use.domain, location, use.split, rows, label_map, limit))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gkd_hf.data.label_maps import LabelMap
-from gkd_hf.training import label_check
+from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.recipe_file import load_recipe
 from tests.cli.conftest import SIZE, good_rows, png, write_shard
@@ -146,36 +145,36 @@ def test_grid_that_no_patch_size_gives(refused: Refused) -> None:
 
 def test_label_outside_the_map(refused: Refused, recipe: Path) -> None:
     rows = good_rows(8)
-    rows[2]["label"] = png(np.full((SIZE, SIZE), 77, dtype=np.uint8))
+    for index in (2, 5):
+        rows[index]["label"] = png(np.full((SIZE, SIZE), 75 + index, dtype=np.uint8))
     write_shard(recipe.parent / "data", "test", rows)
     message = refused()
-    assert str(recipe.parent / "data") in message
-    assert "row2" in message
+    assert "domain 'custom': 2 bad rows among 8" in message
+    assert "row2 in test-00000-of-00001.parquet row 2" in message
     assert "77" in message
+    assert "correct the label map" in message
     assert not (recipe.parent / "out" / "stages").exists()
 
 
 def test_label_of_another_size(refused: Refused, recipe: Path) -> None:
     rows = good_rows(8)
-    rows[1]["label"] = png(np.zeros((SIZE, SIZE // 2), dtype=np.uint8))
+    rows[1]["label"] = rows[6]["label"] = png(np.zeros((SIZE, SIZE // 2), dtype=np.uint8))
     write_shard(recipe.parent / "data", "train", rows)
     message = refused()
+    assert "2 × label: of another size than its image" in message
     assert "row1" in message
-    assert "32×32" in message
-    assert "16×32" in message
+    assert "(16×32, the image 32×32)" in message
     assert not (recipe.parent / "out" / "stages").exists()
 
 
 def test_wrong_labels_are_found_in_every_row_before_any_training(refused: Refused, recipe: Path) -> None:
     rows = good_rows(40)
     rows[37]["label"] = png(np.full((SIZE, SIZE), 78, dtype=np.uint8))
+    rows[39]["label"] = png(np.zeros((SIZE, SIZE // 2), dtype=np.uint8))
     write_shard(recipe.parent / "data", "test", rows)
     message = refused()
-    for part in (str(recipe.parent / "data"), "split 'test'", "row37", "value(s) 78", "'identity'"):
+    for part in ("2 bad rows among 40", "row37", "78", "row39", "16×32"):
         assert part in message
-    rows[36]["label"] = png(np.zeros((SIZE, SIZE // 2), dtype=np.uint8))
-    write_shard(recipe.parent / "data", "test", rows)
-    assert "row36: the image is 32×32 pixels but its label 16×32" in refused()
     assert not (recipe.parent / "out" / "stages").exists()
 
 
@@ -183,15 +182,15 @@ def test_labels_are_checked_once(
     run_gkd: ModuleType, refused: Refused, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str] = []
-    check_row = label_check._check_row
+    check_row = RowDecoder.check
 
-    def noting(row: dict, label_map: LabelMap, where: str) -> None:
-        checked.append(where)
-        check_row(row, label_map, where)
+    def noting(decoder: RowDecoder, row: dict) -> str | None:
+        checked.append(row["id"])
+        return check_row(decoder, row)
 
-    monkeypatch.setattr(label_check, "_check_row", noting)
+    monkeypatch.setattr(RowDecoder, "check", noting)
     rows = good_rows(4)
-    rows[3]["image"] = b"not an image"  # the run's to count, not the check's
+    rows[3]["image"] = b"not an image"  # one may be skipped
     write_shard(recipe.parent / "data", "test", rows)
 
     def check(*overrides: str) -> int:
@@ -206,7 +205,9 @@ def test_labels_are_checked_once(
     assert check("data.label_maps.custom={0: 2, 1: 1, 2: 0}", "stages.task.evaluation_images=3") == 3
     rows[2]["label"] = png(np.full((SIZE, SIZE), 77, dtype=np.uint8))
     write_shard(recipe.parent / "data", "test", rows)
-    assert "row2" in refused("data.label_maps.custom={0: 2, 1: 1, 2: 0}")
+    message = refused("data.label_maps.custom={0: 2, 1: 1, 2: 0}")
+    assert "2 bad rows among 4" in message
+    assert "row2" in message
     (recipe.parent / "out" / "checked_labels.json").write_text("{")
     write_shard(recipe.parent / "data", "test", good_rows(4))
     assert check() == 24 + 4
@@ -232,8 +233,10 @@ def test_one_corrupt_row_is_listed_and_many_stop_the_run(run_gkd: ModuleType, re
     write_shard(recipe.parent / "data", "train", rows)
     assert run_gkd.main([str(recipe), "stages.domain_agnostic.max_steps=12", "stages.task.max_steps=12"]) == 0
     report = json.loads((recipe.parent / "out" / "report.json").read_text())
-    assert [row["id"] for row in report["skipped_rows"]] == ["row5"]
-    assert "row5" in (recipe.parent / "out" / "report.md").read_text()
+    shard = "train-00000-of-00001.parquet"
+    assert [(row["id"], row["shard"], row["row"]) for row in report["skipped_rows"]] == [("row5", shard, 5)]
+    assert list(report["skipped_by_reason"].values()) == [1]
+    assert f"| custom | row5 | {shard} | 5 |" in (recipe.parent / "out" / "report.md").read_text()
     for index in (7, 9, 11):
         rows[index]["image"] = b"not an image"
     write_shard(recipe.parent / "data", "train", rows)

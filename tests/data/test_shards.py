@@ -195,7 +195,7 @@ def test_a_damaged_page_is_told_by_whoever_meets_it_first(tmp_path, write_folder
     identity = label_map("identity", 2)
     split = LabelledSplit("city", str(folder), "train", open_rows(folder, "train"), identity, None)
     for read in (
-        lambda: look_at_first_rows(split.rows, str(folder), "train"),
+        lambda: look_at_first_rows(split.rows, "city", str(folder), "train"),
         lambda: check_labels([split], tmp_path / "memory.json"),
     ):
         with pytest.raises(InputError) as caught:

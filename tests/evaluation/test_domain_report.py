@@ -63,7 +63,7 @@ def test_json_holds_the_figures_in_percent(report, tmp_path):
 
 def test_terminal_table(report):
     assert report.table().splitlines()[-11:] == [
-        "1 unreadable row skipped, listed in report.md",
+        "1 bad row skipped, listed in report.md",
         "┌──────────────────────────┬───────┬──────┬───────┐",
         "│ domain                   │ alone │  GKD │  gain │",
         "├──────────────────────────┼───────┼──────┼───────┤",
@@ -102,7 +102,8 @@ def test_markdown_tells_domains_classes_rows_settings_and_versions(report):
     assert "| class | day | night | fog |" in text
     assert "| road | 90.0 (+10.0) | 50.0 (+30.0) | 60.0 (+20.0) |" in text
     assert "| car | – | – | – |" in text
-    assert r"| fog | 7 | cannot \| identify image |" in text
+    assert r"| fog | 7 |  |  | cannot \| identify image |" in text
+    assert "- 1 × cannot | identify image" in text
     assert "| stages.task.rate | null |" in text and '| stages.task.folder | "/x" |' in text
     assert f"| torch | {torch.__version__} |" in text and "| seed | 3 |" in text
     assert "report.png" in text and "## How to read this" in text
@@ -113,7 +114,8 @@ def test_rows_skipped_in_training_are_listed_too(report):
     report.add_skipped_rows(rows)
     report.add_skipped_rows(rows[:5])
     assert len(report.as_dict()["skipped_rows"]) == 61
-    assert "| day | 48 | truncated |" in report.markdown() and "and 11 more" in report.markdown()
+    assert "| day | 48 |  |  | truncated |" in report.markdown() and "and 11 more" in report.markdown()
+    assert "- 60 × truncated" in report.markdown()
 
 
 def test_several_sources_are_pooled_and_are_not_targets():

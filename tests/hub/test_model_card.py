@@ -96,7 +96,7 @@ def test_the_tables_have_the_reports_numbers(run_dir: Path, cards: dict[str, Mod
 
 def test_a_pushed_report_has_the_same_figures_and_no_places(run_dir: Path) -> None:
     ours, pushed = report_of(run_dir), report_of(run_dir / "segmenter")
-    places = {"settings": None, "skipped_rows": None}
+    places = {"settings": None, "skipped_rows": None, "skipped_by_reason": None}
     assert {**ours, **places} == {**pushed, **places}
     assert pushed["skipped_rows"] == [{"domain": "toy_city", "id": "7", "reason": "no image in 7.png"}]
     assert pushed["settings"]["output_dir"] == "my_run"

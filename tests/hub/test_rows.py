@@ -52,7 +52,7 @@ def opened(name):
     open_rows(name, "train")
 
 def first_rows(name):
-    look_at_first_rows(open_rows(name, "train"), name, "train", label_map("identity", 2))
+    look_at_first_rows(open_rows(name, "train"), "city", name, "train", label_map("identity", 2))
 
 def keep(image, rng):
     import numpy, torch
