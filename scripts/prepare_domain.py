@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder in which the data set was unpacked; custom: also a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--out", required=True, help="folder of the shards; with --contact alone also a Hub id")
-    parser.add_argument("--splits", help="those to prepare, such as train,validation (default: all that are there)")
+    parser.add_argument("--splits", help="those to prepare, such as train,validation (default: all the domain has)")
     parser.add_argument("--classes", metavar="NAMES", help="custom: names in train-id order, a,b,c or a file of lines")
     parser.add_argument("--id-map", metavar="MAP", help="custom: stored:train ids, 7:0,8:1,0:255 or a JSON file")
     parser.add_argument("--shard-rows", type=int, default=256, metavar="N", help="images in a file (default 256)")

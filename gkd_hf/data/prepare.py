@@ -69,7 +69,7 @@ def prepare(
         root: the folder in which the data set was unpacked; for one's own data also a Hub id or a folder of parquet
             shards, see ``RowsLayout``. out: the folder of the shards.
         layout: how the data lies in ``root``; by default that of the domain.
-        splits: those to prepare; by default all that are in ``root``.
+        splits: those to prepare; by default all that the domain has, of one's own data all that are in ``root``.
         shard_rows: samples in a shard. row_group_rows: samples in a row group, the least that can be read: one, so
             that samples read in random order cost no more than in the stored one.
         re_encode: None, "png" or "jpeg:QUALITY" (1 to 100).
@@ -87,7 +87,7 @@ def prepare(
     root, out = Path(root).expanduser(), Path(out).expanduser()
     _check_numbers(shard_rows, row_group_rows, re_encode, max_bad, workers)
     layout = layout or _layout_of(domain, root, classes, id_map, revision)
-    samples = {split: layout.samples(root, split) for split in splits or layout.splits_in(root)}
+    samples = _samples(layout, root, splits)
     names = _class_names(layout, samples)
     settings = {
         "domain": domain,
@@ -126,6 +126,18 @@ def prepare(
 
 
 # -- what will be written ---------------------------------------------------------------------------------------------
+
+
+def _samples(layout: RawLayout, root: Path, splits: Sequence[str] | None) -> dict[str, list[RawSample]]:
+    wanted = splits or layout.splits_in(root)
+    try:
+        return {split: layout.samples(root, split) for split in wanted}
+    except InputError as error:
+        if splits or len(wanted) == 1:
+            raise
+        raise InputError(
+            f"{error}. All of {', '.join(wanted)} are wanted: name those that are there (--splits) to leave out others"
+        ) from error
 
 
 def _check_numbers(

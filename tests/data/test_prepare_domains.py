@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from gkd_hf.data.prepare import prepare
 from gkd_hf.data.raw_layouts import RAW_LAYOUTS, isprs, raw_layout
 from gkd_hf.data.shards import open_rows
+from gkd_hf.errors import InputError
 
 from .raw_trees import TREES
 
@@ -72,3 +74,12 @@ def test_a_tile_is_decoded_once_for_all_its_pieces(tmp_path: Path, monkeypatch: 
     prepared = prepare("potsdam_rgb", tmp_path / "raw", tmp_path / "out", splits=["validation"], workers=1)
     assert prepared.splits["validation"].rows == 13 + 9
     assert decoded["top_potsdam_2_13_RGB.tif"] == decoded["top_potsdam_2_13_label_noBoundary.tif"] == 1
+
+
+def test_a_split_that_is_not_there_is_left_out_on_demand(tmp_path: Path) -> None:
+    TREES["cityscapes"](tmp_path / "raw")
+    shutil.rmtree(tmp_path / "raw" / "leftImg8bit" / "val")
+    with pytest.raises(InputError, match=r"holds no leftImg8bit/val/.* name those that are there \(--splits\)"):
+        prepare("cityscapes", tmp_path / "raw", tmp_path / "out", workers=1, progress=False)
+    made = prepare("cityscapes", tmp_path / "raw", tmp_path / "out", splits=["train"], workers=1, progress=False)
+    assert list(made.splits) == ["train"]
