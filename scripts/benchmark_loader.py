@@ -7,8 +7,10 @@
 
 Images of a folder of shards are tiled to 1024x512 JPEGs, unless --as-stored. Measured on as many worker processes as
 training would have: (a) Pillow decoding alone, (b) the stage-1 stream with crop, flip and normalisation, (c) with
-RandAugment and erasing too, (d) the stage-2 stream, label included. Rounds of all four alternate and the fastest of
-each counts. "cpu_ms" is the processor time of the workers per image, which other programs disturb less than the
+RandAugment and erasing too, (d) the stage-2 stream, label included. Workers pass on bytes: the main process
+normalises, and erases, each batch as it comes, as the trainers do, on the GPU if there is one, and the time for it
+counts in the images per second ("normalise_ms" tells it). Rounds of all four alternate and the fastest of each
+counts. "cpu_ms" is the processor time of the workers alone per image, which other programs disturb less than the
 images per second. "resident_mib" is the memory of the stage-2 stream's workers after each of three passes: it should
 stay flat. The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
 """
@@ -47,6 +49,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="images in a batch (default %(default)s)")
     parser.add_argument("--stage1-size", type=int, default=224, help="stage-1 crop, pixels (default %(default)s)")
     parser.add_argument("--stage2-size", type=int, default=512, help="stage-2 crop, pixels (default %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", default=device, choices=("cpu", "cuda"), help="that normalises (default here: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
@@ -39,6 +40,7 @@ class LoaderSettings:
         images: images per measurement. rounds: measurements of each kind, alternating.
         workers: worker processes. batch_size: images in a batch.
         stage1_size, stage2_size: side of the crop in each stage.
+        device: where batches are normalised, "cpu" or "cuda".
     """
 
     pictures: int = 48
@@ -48,10 +50,11 @@ class LoaderSettings:
     batch_size: int = 16
     stage1_size: int = 224
     stage2_size: int = 512
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "device" and value < 1:
                 raise InputError(f"{name} is {value}: give 1 or more")
         if self.images < self.batch_size:
             raise InputError(f"{self.images} images are less than one batch of {self.batch_size}")
@@ -154,20 +157,30 @@ def _resident(stream: SampleStream, settings: LoaderSettings, rows: int) -> list
 
 def _timed(
     dataset: Dataset | IterableDataset, collate_samples: Callable[[list], object], settings: LoaderSettings
-) -> tuple[float, float]:
-    """Images per second once the workers run, and processor milliseconds of the workers per image."""
+) -> tuple[float, float, float]:
+    """Images per second once the workers run; milliseconds per image of the workers' processors and of normalising.
+
+    A stream's batches are normalised, and erased, as they come, as the trainers do.
+    """
     loader = _loader(dataset, collate_samples, settings)
     clocks: dict[int, float] = {}
     for _ in range(2 * settings.workers):  # starting and the first rows are not counted
         _, worker, clock, _ = next(loader)
         clocks[worker] = clock
-    batches, used, began = settings.images // settings.batch_size, 0.0, time.perf_counter()
+    batches, used, normalising = settings.images // settings.batch_size, 0.0, 0.0
+    began = time.perf_counter()
     for _ in range(batches):
-        _, worker, clock, _ = next(loader)
+        batch, worker, clock, _ = next(loader)
         used += clock - clocks[worker]
         clocks[worker] = clock
+        if isinstance(dataset, SampleStream):
+            start = time.perf_counter()
+            dataset.normalised(batch | {"pixel_values": batch["pixel_values"].to(settings.device)})
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
+            normalising += time.perf_counter() - start
     images = batches * settings.batch_size
-    return images / (time.perf_counter() - began), 1000 * used / images
+    return images / (time.perf_counter() - began), 1000 * used / images, 1000 * normalising / images
 
 
 def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettings) -> dict:
@@ -175,6 +188,7 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
 
     Returns ``workers``; ``images_per_second``, the fastest of each kind; ``ratio``, that to bare decoding's;
     ``cpu_ms``, the least processor time of the workers per image; ``cpu_ratio``, bare decoding's to it;
+    ``normalise_ms``, the least time per image that the main process normalises, while the workers decode;
     ``resident_mib``, what the workers of the stage-2 stream hold in memory after each of three passes.
     """
     rows, size = open_rows(folder, split), settings.stage1_size
@@ -195,19 +209,21 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
             collate,
         ),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in streams}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in streams}
     for turn in range(settings.rounds):
         for name, (dataset, collate_samples) in streams.items():
             found[name].append(_timed(dataset, collate_samples, settings))
-            rate, cpu = found[name][-1]
+            rate, cpu, _ = found[name][-1]
             print(f"round {turn + 1}  {name:17s} {rate:7.1f} images/s  {cpu:6.2f} cpu ms/image", flush=True)
-    rates = {name: max(rate for rate, _ in turns) for name, turns in found.items()}
-    cpu = {name: min(used for _, used in turns) for name, turns in found.items()}
+    rates = {name: max(rate for rate, _, _ in turns) for name, turns in found.items()}
+    cpu = {name: min(used for _, used, _ in turns) for name, turns in found.items()}
+    normalising = {name: min(used for _, _, used in turns) for name, turns in found.items()}
     return {
         "workers": settings.workers,
         "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": {name: round(rate / rates["bare_decode"], 3) for name, rate in rates.items()},
         "cpu_ms": {name: round(used, 2) for name, used in cpu.items()},
         "cpu_ratio": {name: round(cpu["bare_decode"] / used, 3) for name, used in cpu.items()},
+        "normalise_ms": {name: round(used, 2) for name, used in normalising.items()},
         "resident_mib": _resident(streams["stage2"][0], settings, common["num_rows"]),
     }

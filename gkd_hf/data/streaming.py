@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+import torch.multiprocessing
 import torch.utils.data
 from torch.utils.data import default_collate
 
 from gkd_hf.data.bad_rows import BAD_ROW_LIMIT, BadRows, check_bad_rows, row_identity
-from gkd_hf.data.decoding import CorruptImage, decode_image, decode_label
+from gkd_hf.data.decoding import CorruptImage
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.mixing import MixedOrder, Source, check_sources
 from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.data.rows import ShardRows
-from gkd_hf.data.shards import Rows, count_rows, open_rows
+from gkd_hf.data.shards import Rows
 from gkd_hf.data.streamed_order import StreamedOrder
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
-
-__all__ = [
-    "CorruptImage",
-    "DataError",
-    "EvaluationSet",
-    "SampleStream",
-    "Source",
-    "collate",
-    "collate_evaluation",
-    "count_rows",
-    "decode_image",
-    "decode_label",
-    "open_rows",
-]
 
 
 class DataError(InputError):
@@ -95,10 +83,10 @@ class SampleStream(torch.utils.data.IterableDataset):
         bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows in one pass of an ``IterableDataset`` if known; saves reading it once when resuming.
 
-    Yields what the transform returns (`DistillationTransform`: float32 pixels; `SegmentationTransform`: uint8 pixels
-    and labels, for its ``normalise`` on the device) with ``{"index": g, "bad_rows": [entry]}``, each entry
-    ``{domain, id, reason, shard, row}``: the shard's name within the data set and the row counted from 0 within it,
-    both None where rows are streamed.
+    Yields what the transform returns (`DistillationTransform` and `SegmentationTransform`: uint8 pixels, of which
+    `normalised` makes floats on the device, and ``erasing`` or uint8 ``labels``) with ``{"index": g, "bad_rows":
+    [entry]}``, each entry ``{domain, id, reason, shard, row}``: the shard's name within the data set and the row
+    counted from 0 within it, both None where rows are streamed.
     Raises ``InputError`` for an empty or unreadable data set, and for too many bad rows.
     """
 
@@ -162,6 +150,16 @@ class SampleStream(torch.utils.data.IterableDataset):
         """Rows of all sources in one pass; None if that is not known yet."""
         sizes = [source.size for source in self.sources]
         return None if None in sizes else sum(sizes)
+
+    def normalised(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return the pixels of a collated batch as the model takes them, float32 B×3×H×W, on their device.
+
+        Bytes are normalised, and erased in stage 1, as the transform says; floats are taken as they are.
+        """
+        pixels = batch["pixel_values"]
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return self.transform.normalise(pixels, *([batch["erasing"]] if "erasing" in batch else []))
 
     def check_bad_rows(self, entries: Sequence[dict[str, Any]]) -> None:
         """Raise ``InputError`` if the ``entries`` of bad rows are too many of a domain; one that repeats counts once.
@@ -357,14 +355,43 @@ class EvaluationSet(torch.utils.data.IterableDataset):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack training samples: ``pixel_values`` B×3×S×S, ``labels`` B×S×S if any, ``bad_rows`` one flat list."""
+    """Collect training samples: ``pixel_values`` B×3×S×S and ``labels`` B×S×S stacked, the others as flat lists.
+
+    ``erasing`` has an entry for each sample and ``bad_rows`` one for each row that was skipped. Both ``labels`` and
+    ``erasing`` are there if the samples have them. Raises ``InputError`` if the workers' shared memory is full.
+    """
     batch: dict[str, Any] = {
-        key: default_collate([sample[key] for sample in samples])  # in a worker, straight into shared memory
-        for key in ("pixel_values", "labels")
-        if key in samples[0]
+        key: stacked([sample[key] for sample in samples]) for key in ("pixel_values", "labels") if key in samples[0]
     }
-    batch["bad_rows"] = [row for sample in samples for row in sample["bad_rows"]]
+    if "erasing" in samples[0]:
+        batch["erasing"] = [sample["erasing"] for sample in samples]
+    batch["bad_rows"] = [row for sample in samples for row in sample.get("bad_rows", [])]
     return batch
+
+
+def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack tensors of one shape; in a worker, in shared memory.
+
+    Raises ``InputError`` if that is full.
+    """
+    first = parts[0]
+    whole = first.dtype == torch.uint8 and all(part.shape == first.shape and part.is_contiguous() for part in parts)
+    in_worker = torch.utils.data.get_worker_info() is not None
+    if not (whole and in_worker and torch.multiprocessing.get_sharing_strategy() == "file_descriptor"):
+        return default_collate(list(parts))
+    # Written through its file, shared memory comes without a page fault for every 4 KiB, which are half of the cost.
+    storage = torch.UntypedStorage._new_shared(len(parts) * first.numel())
+    file, _ = storage._share_fd_cpu_()
+    try:
+        for number, part in enumerate(parts):
+            if os.pwrite(file, part.numpy(), number * first.numel()) != first.numel():
+                raise OSError("not all could be written")
+    except OSError as error:
+        raise DataError(
+            f"a batch of {storage.nbytes()} bytes cannot be passed on through shared memory ({error}): give the "
+            "machine more of it (a container's --shm-size), or use fewer workers or smaller batches"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(len(parts), *first.shape)
 
 
 def collate_evaluation(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

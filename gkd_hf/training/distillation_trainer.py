@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
+from gkd_hf.data.streaming import SampleStream, collate
 from gkd_hf.distillation.distiller import GKDDistiller
 from gkd_hf.distillation.masking import random_masks
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
@@ -44,10 +44,9 @@ class MaskingCollator:
         self.seed = arguments.seed
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return pixel_values B×3×H×W, grid (h, w), mask_rows M, masks M×(h·w) and bad_rows."""
-        bad_rows = [row for sample in samples for row in sample.get("bad_rows", [])]
-        pixel_values = default_collate([sample["pixel_values"] for sample in samples])
-        height, width = pixel_values.shape[-2:]
+        """Return what `collate` does without labels, with grid (h, w), mask_rows M and masks M×(h·w)."""
+        batch = collate([{key: sample[key] for key in sample if key != "labels"} for sample in samples])
+        height, width = batch["pixel_values"].shape[-2:]
         grid = (max(1, round(height / self.stride)), max(1, round(width / self.stride)))
         if "index" in samples[0]:
             indices = [int(sample["index"]) for sample in samples]
@@ -60,7 +59,7 @@ class MaskingCollator:
             patch_ratio=self.patch_ratio,
             seed=self.seed,
         )
-        return {"pixel_values": pixel_values, "grid": grid, "mask_rows": rows, "masks": masks, "bad_rows": bad_rows}
+        return batch | {"grid": grid, "mask_rows": rows, "masks": masks}
 
 
 class GKDDistillationTrainer(StreamTrainer):
@@ -73,7 +72,8 @@ class GKDDistillationTrainer(StreamTrainer):
         student: the model to distil.
         teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder).
         args: the paper's recipe by default; ``max_steps`` must be set for a stream.
-        train_dataset: a `SampleStream`, or any data set of ``pixel_values`` 3×H×W in the student's normalisation.
+        train_dataset: a `SampleStream`, whose uint8 pixels are normalised (and erased) on the device, or any data set
+            of ``pixel_values`` 3×H×W in the student's normalisation.
         objective: heads to go on with, for example those of stage 1a; None makes new ones.
 
     Raises:
@@ -166,7 +166,9 @@ class GKDDistillationTrainer(StreamTrainer):
         """Return the total loss of a micro batch; its terms are logged."""
         self._follow_query_warmup()
         self.note_bad_rows(inputs.get("bad_rows", []))
-        pixel_values, grid = inputs["pixel_values"], tuple(inputs["grid"])
+        streamed = isinstance(self.train_dataset, SampleStream)
+        pixel_values = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
+        grid = tuple(inputs["grid"])
         taught = self.teach(pixel_values, grid)
         look = self._attention_is_logged()
         losses = model(

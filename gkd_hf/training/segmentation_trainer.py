@@ -68,9 +68,8 @@ class GKDSegmentationTrainer(StreamTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Return the segmentation loss of a micro batch; its terms are logged."""
         self.note_bad_rows(inputs.get("bad_rows", []))
-        pixels = inputs["pixel_values"]
-        if isinstance(self.train_dataset, SampleStream) and pixels.dtype == torch.uint8:
-            pixels = self.train_dataset.transform.normalise(pixels)
+        streamed = isinstance(self.train_dataset, SampleStream)
+        pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
         outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
         self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
         return (outputs.loss, outputs) if return_outputs else outputs.loss

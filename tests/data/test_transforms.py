@@ -10,8 +10,8 @@ from gkd_hf.data.transforms import (
     DistillationTransform,
     EvaluationTransform,
     SegmentationTransform,
+    draw_erasing,
     one_class_prevails,
-    random_erase,
     random_resized_crop_box,
     resized_size,
 )
@@ -149,7 +149,9 @@ def test_distillation_crops_are_squeezed_boxes_of_the_image():
     transform = DistillationTransform(32, RAW_MEAN, RAW_STD, rand_augment=False, erase_probability=0)
     flips, areas = set(), []
     for seed in range(60):
-        values = transform(image, generator(seed))["pixel_values"]
+        sample = transform(image, generator(seed))
+        assert sample["pixel_values"].dtype == torch.uint8 and sample["erasing"] is None
+        values = transform.normalise(sample["pixel_values"])
         assert values.shape == (3, 32, 32) and values.dtype == torch.float32
         across = values[0].mean(0)
         step = (across[-3] - across[2]) / 27
@@ -176,7 +178,9 @@ def test_erasing_is_noise_in_one_rectangle_a_quarter_of_the_time():
     transform = DistillationTransform(64, (1.0, 0.0, 0.0), (1.0, 1.0, 1.0), rand_augment=False)
     erased, noise = [], []
     for seed in range(400):
-        values = transform(image, generator(seed))["pixel_values"]
+        sample = transform(image, generator(seed))
+        values = transform.normalise(sample["pixel_values"][None], [sample["erasing"]])[0]
+        assert torch.equal(values, transform.normalise(sample["pixel_values"][None], [sample["erasing"]])[0])
         touched = values[0] != 0
         if touched.any():
             rows, columns = touched.any(1).nonzero().ravel(), touched.any(0).nonzero().ravel()
@@ -192,16 +196,16 @@ def test_erasing_is_noise_in_one_rectangle_a_quarter_of_the_time():
     assert noise.mean().abs() < 0.02 and (noise.std() - 1).abs() < 0.02
     assert not torch.equal(noise[0], noise[1])
     off = DistillationTransform(64, (1.0, 0.0, 0.0), (1.0, 1.0, 1.0), rand_augment=False, erase_probability=0)
-    assert all((off(image, generator(seed))["pixel_values"] == 0).all() for seed in range(40))
+    assert all(off(image, generator(seed))["erasing"] is None for seed in range(40))
 
 
 def test_erased_ratios_are_log_uniform():
-    taller = 0
+    taller, seeds = 0, set()
     for seed in range(300):
-        values = np.zeros((3, 64, 64), np.float32)
-        random_erase(values, generator(seed))
-        rows, columns = np.nonzero(values[0])
-        taller += np.ptp(rows) > np.ptp(columns)
+        erasing = draw_erasing((64, 64), generator(seed))
+        taller += erasing.height > erasing.width
+        seeds.add(erasing.seed)
+    assert len(seeds) == 300
     assert 120 < taller < 180
 
 
