@@ -74,15 +74,22 @@ def nearest(label: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     down = (top + (np.arange(size[1]) + 0.5) * (height / size[1])).astype(np.intp)
     across = (left + (np.arange(size[0]) + 0.5) * (width / size[0])).astype(np.intp)
     down, across = np.minimum(down, label.shape[0] - 1), np.minimum(across, label.shape[1] - 1)
-    return label.take(down, axis=0).take(across, axis=1)
+    if size[1] > rows:  # columns cost more than rows: as few of them as possible
+        return label[top : top + rows].take(across, axis=1, mode="clip").take(down - top, axis=0, mode="clip")
+    return label.take(down, axis=0, mode="clip").take(across, axis=1, mode="clip")
 
 
-def channels_first(pixels: np.ndarray, out: np.ndarray, *, flip: bool = False) -> None:
-    """Write the first three channels of uint8 H×W×4 (contiguous) into ``out``, uint8 3×H×W, mirrored on demand."""
+def channels_first(pixels: np.ndarray, *, flip: bool = False) -> np.ndarray:
+    """Return the first three channels of uint8 H×W×4 (contiguous) as uint8 3×H×W, mirrored on demand."""
     # Whole pixels as integers of the machine: shifting them is faster than gathering every fourth byte.
     whole = pixels.view(np.dtype("<u4"))[..., 0]
-    if flip:
-        whole = whole[:, ::-1]
-    out[0] = whole
-    np.right_shift(whole, 8, out=out[1], casting="unsafe")
-    np.right_shift(whole, 16, out=out[2], casting="unsafe")
+    planes = np.empty((3, *whole.shape), dtype=np.uint8)
+    planes[0] = whole
+    np.right_shift(whole, 8, out=planes[1], casting="unsafe")
+    np.right_shift(whole, 16, out=planes[2], casting="unsafe")
+    return mirrored(planes) if flip else planes
+
+
+def mirrored(planes: np.ndarray) -> np.ndarray:
+    """Return uint8 …×W from right to left, contiguous."""
+    return torch.from_numpy(planes).flip(-1).numpy()

@@ -19,7 +19,7 @@ import torch
 from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.photometric import photometric_distortion
 from gkd_hf.data.rand_augment import RandAugment
-from gkd_hf.data.resampling import channels_first, nearest, pixel_view, resample
+from gkd_hf.data.resampling import channels_first, mirrored, nearest, pixel_view, resample
 
 DEFAULT_SHORT_SIDES = tuple(int(512 * (0.5 + 0.1 * step)) for step in range(16))
 """256, 307, …, 1024: half to twice the crop of 512, in steps of a tenth."""
@@ -28,6 +28,7 @@ _CROP_TRIES = 10
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_RATIO = (0.3, 3.3)
 _SAMPLING = 8
+_COUNTED_WHOLE = 2**14  # pixels of a mask
 _ROUNDING = 1e-6
 
 
@@ -116,8 +117,7 @@ class DistillationTransform(_Normalising):
             if flip:
                 small, flip = small.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT), False
             pixels = pixel_view(self._rand_augment(small, rng))
-        values = np.empty((3, *pixels.shape[:2]), dtype=np.uint8)
-        channels_first(pixels, values, flip=flip)
+        values = channels_first(pixels, flip=flip)
         erasing = draw_erasing(crop.size, rng) if rng.random() < self.erase_probability else None
         return {"pixel_values": torch.from_numpy(values), "erasing": erasing}
 
@@ -258,11 +258,10 @@ class SegmentationTransform(_Normalising):
         """Do as a call does after `draw`: ``box`` in pixels of ``image``, which may be a shrunk or partial one."""
         pixels = resample(image, box, crop.size, "bilinear")
         flip = rng.random() < 0.5
-        values = np.empty((3, *crop.label.shape), dtype=np.uint8)
-        channels_first(pixels, values, flip=flip)
+        values = channels_first(pixels, flip=flip)
         if self.photometric:
             photometric_distortion(values, rng)
-        label = np.ascontiguousarray(crop.label[:, ::-1]) if flip else crop.label
+        label = mirrored(crop.label) if flip else crop.label
         height, width = label.shape
         size = self.image_size
         if (height, width) != (size, size):
@@ -278,16 +277,20 @@ class SegmentationTransform(_Normalising):
 def one_class_prevails(label: np.ndarray, fraction: float) -> bool:
     """Whether one class covers ``fraction`` of the labelled pixels of a mask (uint8 H×W), or all of them.
 
-    Counted exactly for the classes that have a share of ``fraction / 3`` in every eighth pixel of every eighth row.
+    Every class is counted in a mask of less than 128×128 pixels; in a larger one only those that have half of
+    ``fraction`` in every eighth pixel of every eighth row.
     """
-    sample = np.bincount(label[_SAMPLING // 2 :: _SAMPLING, _SAMPLING // 2 :: _SAMPLING].ravel(), minlength=256)
-    candidates = np.flatnonzero(sample[:IGNORE_INDEX] >= max(1, fraction / 3 * sample[:IGNORE_INDEX].sum()))
+    sample = label
+    if label.size >= _COUNTED_WHOLE:
+        sample = label[_SAMPLING // 2 :: _SAMPLING, _SAMPLING // 2 :: _SAMPLING]
+    counts = np.bincount(sample.ravel(), minlength=256)[:IGNORE_INDEX]
+    if not counts.any() and sample is not label:  # so few labelled pixels that the sample missed them
+        counts = np.bincount(label.ravel(), minlength=256)[:IGNORE_INDEX]
+    candidates = np.flatnonzero(counts >= max(1, fraction / 2 * counts.sum()))
+    if counts.sum() and not len(candidates):
+        return False
     labelled = label.size - np.count_nonzero(label == IGNORE_INDEX)
-    if labelled == 0:
-        return True
-    if len(candidates) == 0:  # so few labelled pixels that the sample missed them
-        candidates = np.unique(label[label != IGNORE_INDEX])
-    largest = max(np.count_nonzero(label == value) for value in candidates)
+    largest = max((np.count_nonzero(label == value) for value in candidates), default=0)
     return largest == labelled or largest >= fraction * labelled
 
 

@@ -63,6 +63,6 @@ def test_nearest_takes_the_value_under_the_pixels_centre():
 def test_channels_come_first_and_are_mirrored_on_demand():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     for flip in (False, True):
-        out = np.empty((3, 5, 7), dtype=np.uint8)
-        channels_first(pixels, out, flip=flip)
+        out = channels_first(pixels, flip=flip)
+        assert out.flags.c_contiguous and out.dtype == np.uint8
         assert np.array_equal(out, (pixels[:, ::-1] if flip else pixels)[..., :3].transpose(2, 0, 1))
