@@ -32,6 +32,7 @@ from functools import cached_property
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 
 from gkd_hf.data.bad_rows import WrongLabel
@@ -84,13 +85,19 @@ def _bytes(cell: Mapping | bytes | None, column: str) -> bytes:
     return data
 
 
+def _whole(image: PIL.ImageFile.ImageFile, data: bytes) -> PIL.ImageFile.ImageFile:
+    """Let Pillow hand an opened image's bytes to its decoder at once, not in parts that are joined and cut again."""
+    image.decodermaxblock = len(data)
+    return image
+
+
 def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
     """Open a cell without decoding its pixels; return it with its bytes."""
     data = _bytes(cell, column)
     # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
     with _damage_is_corrupt(data, column), _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        image = PIL.Image.open(io.BytesIO(data))
+        image = _whole(PIL.Image.open(io.BytesIO(data)), data)
     if image.width * image.height > MAX_PIXELS:
         raise CorruptImage(f"{column}: decompression bomb ({image.width}×{image.height} pixels)")
     return image, data
@@ -154,7 +161,7 @@ class EncodedImage:
         image, data = self._image, self._data
         if self._orientation == 1 and (cut := cut_jpeg(data, math.ceil(box[3]) + factor)) is not None:
             with _damage_is_corrupt(data, "image"):
-                image = PIL.Image.open(io.BytesIO(cut))
+                image = _whole(PIL.Image.open(io.BytesIO(cut)), cut)
         with _damage_is_corrupt(data, "image"):
             if factor > 1:
                 image.draft(image.mode, (max(1, image.width // factor), max(1, image.height // factor)))

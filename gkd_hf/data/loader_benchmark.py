@@ -191,7 +191,7 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
     ``normalise_ms``, the least time per image that the main process normalises, while the workers decode;
     ``resident_mib``, what the workers of the stage-2 stream hold in memory after each of three passes.
     """
-    rows, size = open_rows(folder, split), settings.stage1_size
+    rows, images, size = open_rows(folder, split), open_rows(folder, split, columns=("image",)), settings.stage1_size
     length = (settings.images // settings.batch_size + 8 * settings.workers) * settings.batch_size
     pictures = [row["image"]["bytes"] for row in itertools.islice(rows, settings.pictures)]
     common = {"seed": 0, "micro_batch_size": settings.batch_size, "num_rows": count_rows(folder, split)}
@@ -199,9 +199,9 @@ def measure(folder: str, split: str, label_map: LabelMap, settings: LoaderSettin
     labels = {"label_map": label_map}
     streams = {
         "bare_decode": (_BareDecoding(pictures, length), default_collate),
-        "stage1_crop_flip": (SampleStream(rows, plain, **common), collate),
+        "stage1_crop_flip": (SampleStream(images, plain, **common), collate),
         "stage1_full": (
-            SampleStream(rows, DistillationTransform(size, _MEAN, _STD), **common),
+            SampleStream(images, DistillationTransform(size, _MEAN, _STD), **common),
             collate,
         ),
         "stage2": (

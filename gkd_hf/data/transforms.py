@@ -57,7 +57,8 @@ class _Normalising:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return uint8 …×3×H×W as float32, (x / 255 - mean) / std, on the pixels' device."""
-        return (pixels * self._scale.to(pixels.device)).add_(self._shift.to(pixels.device))
+        values = pixels.to(torch.float32)  # the one large allocation: on a CPU, its page faults are half of the cost
+        return values.mul_(self._scale.to(pixels.device)).add_(self._shift.to(pixels.device))
 
 
 class DistillationTransform(_Normalising):
