@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from gkd_hf.errors import InputError, nearest
 
 IGNORE_INDEX = 255
+MIXING_BLOCK = 1024
+"""Samples among which the weights of mixed domains are kept exactly: a share is a multiple of 1/1024."""
 MAX_CLASSES = 254  # 255 is "ignore", and label maps mark unlisted values with 254
 
 

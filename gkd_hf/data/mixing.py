@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from gkd_hf.data.domains import MIXING_BLOCK
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.ordering import ShardOrder
 from gkd_hf.data.rows import ShardRows
@@ -16,8 +17,6 @@ from gkd_hf.data.shards import Rows
 from gkd_hf.data.streamed_order import StreamedOrder
 from gkd_hf.errors import InputError
 
-BLOCK = 1024
-"""Positions among which weights are kept exactly: a source's share is a multiple of 1/1024."""
 _MIXING = 2**32 - 1  # tells the seed of the mixture from those of the sources
 
 
@@ -89,13 +88,15 @@ def quotas(weights: Sequence[float], names: Sequence[str]) -> np.ndarray:
     for weight, name in zip(weights, names, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise InputError(f"domain '{name}' has the weight {weight:g}: give a number above 0, or leave it out")
-    exact = np.array(weights, dtype=np.float64) / math.fsum(weights) * BLOCK
+    exact = np.array(weights, dtype=np.float64) / math.fsum(weights) * MIXING_BLOCK
     found = np.floor(exact).astype(np.int64)
     remainders = np.argsort(found - exact, kind="stable")
-    found[remainders[: BLOCK - found.sum()]] += 1
+    found[remainders[: MIXING_BLOCK - found.sum()]] += 1
     for quota, name in zip(found, names, strict=True):
         if quota == 0:
-            raise InputError(f"domain '{name}' has a weight of less than 1/{BLOCK} of all: raise it, or leave it out")
+            raise InputError(
+                f"domain '{name}' has a weight of less than 1/{MIXING_BLOCK} of all: raise it, or leave it out"
+            )
     return found
 
 

@@ -174,8 +174,9 @@ def _stage_lines(
         if images is None or stage.epochs is not None
         else f", {stage.max_steps * stage.batch_size / images:.1f} passes"
     )
+    shares = f" in shares of {', '.join(f'{each:g}' for each in stage.weights)}" if stage.weights else ""
     lines = [
-        f"stage {name}: {stage.data}, {known} images, {stage.image_size}²{patch}",
+        f"stage {name}: {stage.data}{shares}, {known} images, {stage.image_size}²{patch}",
         f"  steps: {'known once the images are counted' if steps is None else f'{steps:,}'} ({amount}{passes})",
         f"  effective batch: {stage.batch_size} = {stage.batch_size // share} per device × {processes} process(es) "
         f"× {accumulation} accumulation step(s)",

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from gkd_hf.data.domains import MIXING_BLOCK
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.hub.model_card import segmenter_repo
 from gkd_hf.models.configuration_gkd import DECODE_HEADS
@@ -163,6 +164,11 @@ def _check_mixture(key: str, stage: StageRecipe, origin: str) -> None:
         )
     if not all(0 < weight < math.inf for weight in weights):
         raise InputError(f"{origin}: {key}.weights is {weights}: every weight must be more than 0 and finite")
+    least = sum(weights) / MIXING_BLOCK
+    if min(weights) < least:
+        raise InputError(
+            f"{origin}: {key}.weights is {weights}: every weight must be at least 1/{MIXING_BLOCK} of their sum"
+        )
 
 
 _AT_LEAST_ZERO = {

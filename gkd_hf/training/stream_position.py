@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from gkd_hf.data.rows import ShardRows
+from gkd_hf.data.shards import Rows
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
 
@@ -70,9 +73,27 @@ class StreamPosition(TrainerCallback, ExportableState):
 
 
 def order_facts(stream: SampleStream) -> dict[str, Any]:
-    """What decides the order of a stream: the seed, and of each domain its weight and rows (None where unknown)."""
+    """What decides the order of a stream: its seed and, in their order, its sources.
+
+    Of a source the name, rows (None where unknown), weight and what its shards are: names and sizes of row groups.
+    """
     return {
         "seed": stream.seed,
         "shuffle": stream.shuffle,
-        "domains": {source.domain: {"rows": source.size, "weight": source.weight} for source in stream.sources},
+        "buffer size": stream.buffer_size,
+        "domains": [
+            {"name": each.domain, "rows": each.size, "weight": each.weight, "shards": _digest(each.rows)}
+            for each in stream.sources
+        ],
     }
+
+
+def _digest(rows: Rows) -> str | None:
+    """Of the shards; None where rows are streamed, whose files nobody has counted."""
+    if not isinstance(rows, ShardRows):
+        return None
+    known = hashlib.sha256()
+    for shard in rows.shards:
+        known.update(f"{Path(shard.name).name} {shard.num_bytes}\n".encode())
+        known.update(shard.group_rows.tobytes())
+    return known.hexdigest()[:16]

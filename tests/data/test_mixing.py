@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gkd_hf.data.domains import MIXING_BLOCK
 from gkd_hf.data.label_maps import label_map
-from gkd_hf.data.mixing import BLOCK, MixedOrder, Source, quotas
+from gkd_hf.data.mixing import MixedOrder, Source, quotas
 from gkd_hf.data.rows import Shard, ShardFolder, ShardRows
 from gkd_hf.data.shards import open_rows
 from gkd_hf.data.streaming import SampleStream
@@ -71,12 +72,12 @@ def test_mixtures_cover_their_passes_and_resume_exactly(sources, weights, group,
 @given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), block=st.integers(0, 10**6))
 def test_each_block_holds_every_quota(weights, block):
     found = quotas(weights, [""] * len(weights))
-    assert found.sum() == BLOCK
-    assert np.abs(found - BLOCK * np.array(weights) / sum(weights)).max() < 1
+    assert found.sum() == MIXING_BLOCK
+    assert np.abs(found - MIXING_BLOCK * np.array(weights) / sum(weights)).max() < 1
     sources = [Source(in_memory([1] * 7), str(place), weight=weight) for place, weight in enumerate(weights)]
     order = MixedOrder(sources, seed=1, shuffle=True, buffer_size=1)
     if len(weights) > 1:
-        drawn = [order.source(BLOCK * block + place) for place in range(BLOCK)]
+        drawn = [order.source(MIXING_BLOCK * block + place) for place in range(MIXING_BLOCK)]
         assert np.bincount(drawn, minlength=len(weights)).tolist() == found.tolist()
 
 

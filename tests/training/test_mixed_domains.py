@@ -58,6 +58,8 @@ def test_an_epoch_is_all_images_of_all_domains() -> None:
     assert train_steps(RecipeData(recipe), "task", recipe.stages.task) == round(2 * (1500 + 8000) / 32)
     text = plan(recipe)
     assert "stage task: toy_city+toy_city:pool, 9,500 images" in text
+    recipe.stages.task.weights = [2.0, 0.5]
+    assert "stage task: toy_city+toy_city:pool in shares of 2, 0.5, 9,500 images" in plan(recipe)
     assert "evaluation: toy_city, toy_city:pool (held-out split), toy_city:night" in text
 
 
@@ -73,6 +75,7 @@ def test_an_epoch_is_all_images_of_all_domains() -> None:
             "stages.task.weights is [1.0, 0.0, 2.0]: every weight must be more than 0",
         ),
         (["stages.task.weights=[1, .inf, 2]"], "every weight must be more than 0 and finite"),
+        (["stages.task.weights=[1, 5000, 1]"], "every weight must be at least 1/1024 of their sum"),
         (["stages.task.weights=yes"], "stages.task.weights: a list is needed there, such as [a, b]"),
     ],
 )

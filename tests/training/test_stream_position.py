@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from transformers import set_seed
 
@@ -19,6 +20,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+from gkd_hf.training.stream_position import order_facts
 from tests.tiny import ENCODERS
 from tests.training.test_trainers import SIZE, STATISTICS, StopAt, arguments
 
@@ -96,7 +98,8 @@ def test_another_batch_size_goes_on_with_the_next_sample(cities: Path, tmp_path:
     state = json.loads((tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").read_text())
     position = state["stateful_callbacks"]["StreamPosition"]["attributes"]
     assert position["samples"] == 8
-    assert position["order"]["domains"]["night"] == {"rows": 7, "weight": None}
+    night = position["order"]["domains"][1]
+    assert (night["name"], night["rows"], night["weight"]) == ("night", 7, None)
     smaller = trainer(tmp_path / "broken", cities, [None, None], per_device_train_batch_size=2)
     smaller.train(resume_from_checkpoint=True)
     assert smaller.seen == whole.seen[8 : 8 + 6 * 2]
@@ -106,18 +109,26 @@ def test_another_batch_size_goes_on_with_the_next_sample(cities: Path, tmp_path:
         odd.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-8"))
 
 
-@pytest.mark.parametrize("kept", ["seed", "weights", "rows"])
-def test_another_order_is_refused(kept: str, cities: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", ["seed", "weights", "rows", "shards", "order of the domains"])
+def test_another_order_is_refused(changed: str, cities: Path, tmp_path: Path) -> None:
     interrupted(trainer(tmp_path / "run", cities, [1.0, 3.0]), 3)
-    seed, weights = (1, [1.0, 3.0]) if kept == "seed" else (0, [1.0, 2.0] if kept == "weights" else [1.0, 3.0])
+    seed = 1 if changed == "seed" else 0
+    weights = [1.0, 2.0] if changed == "weights" else [1.0, 3.0]
     other = cities
-    if kept == "rows":
+    if changed in ("rows", "shards"):
         other = tmp_path / "cities"
         for style, count in ROWS.items():
-            write_shards(other / style, style, "train", count + 1, size=SIZE, seed=0, progress=False)
-    key = "seed was 0 and is 1 now" if kept == "seed" else "domains was .* and is .* now"
+            write_shards(other / style, style, "train", count + (changed == "rows"), size=SIZE, seed=0, progress=False)
+        if changed == "shards":  # the same rows, in another cut
+            shard = max((other / "night").rglob("*.parquet"), key=lambda path: pq.read_metadata(path).num_rows)
+            pq.write_table(pq.read_table(shard), shard, row_group_size=1)
+    again = trainer(tmp_path / "run", other, weights, seed=seed)
+    if changed == "order of the domains":
+        again.train_dataset.sources = again.train_dataset.sources[::-1]
+        again._position._order = order_facts(again.train_dataset)
+    key = "seed was 0 and is 1 now" if changed == "seed" else "domains was .* and is .* now"
     with pytest.raises(InputError, match=f"checkpoint-2': {key}, so the samples would come in another order"):
-        trainer(tmp_path / "run", other, weights, seed=seed).train(resume_from_checkpoint=True)
+        again.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_without_a_position_is_refused(cities: Path, tmp_path: Path) -> None:
