@@ -61,15 +61,23 @@ def row_identity(row: Mapping) -> str:
     return "sha1:" + hashlib.sha1(image.get("bytes") or b"").hexdigest()[:12]
 
 
-def check_bad_rows(domain: str, entries: Sequence[Mapping[str, Any]], num_rows: int, limit: float) -> None:
+def bad_row(domain: str, row: Mapping, reason: str, place: tuple[str | None, int | None]) -> dict[str, Any]:
+    """Return the entry of a bad row at a place of `ShardRows.place` or (None, None)."""
+    return {"domain": domain, "id": row_identity(row), "reason": reason, "shard": place[0], "row": place[1]}
+
+
+def check_bad_rows(
+    domain: str, entries: Sequence[Mapping[str, Any]], num_rows: int, limit: float, among: str = "among"
+) -> None:
     """Raise `InputError` if more than ``limit`` of a domain's ``num_rows`` rows, and more than one, are bad.
 
     Args:
         entries: of the domain's bad rows, ``{domain, id, reason, shard, row}``; a row that is there twice counts once.
+        among: what the message says before the number of rows.
     """
     entries = distinct(entries)
     if len(entries) > max(1.0, limit * num_rows):
-        raise _too_many(domain, entries, f"among {num_rows}", limit)
+        raise _too_many(domain, entries, f"{among} {num_rows}", limit)
 
 
 class BadRows:
@@ -79,24 +87,26 @@ class BadRows:
         domain: its name.
         limit: the largest fraction of bad rows that is skipped.
         num_rows: tells how many rows the domain has; asked only when there is more than one bad row.
+        shuffled: whether the rows come in random order, so that the first ones tell of the others. In stored order
+            they do not: damage often lies in one place.
     """
 
-    def __init__(self, domain: str, limit: float, num_rows: Callable[[], int]) -> None:
+    def __init__(self, domain: str, limit: float, num_rows: Callable[[], int], *, shuffled: bool) -> None:
         self._domain = domain
         self._limit = limit
         self._num_rows = num_rows
+        self._shuffled = shuffled
         self._entries: dict[Hashable, Mapping[str, Any]] = {}
         self.attempted = 0
 
     def add(self, row: Mapping, reason: str, place: tuple[str | None, int | None]) -> dict[str, Any]:
         """Note one bad row, at a place of `ShardRows.place` or (None, None); returns its entry for the report.
 
-        Raises ``InputError`` if they are too many: judged against all rows of the domain, and earlier when what was
-        read so far leaves no doubt (four standard deviations), so that neither a few bad rows met early stop a run
-        nor a rotten data set runs for long.
+        Raises ``InputError`` if they are too many: judged against all rows of the domain, and of shuffled rows earlier
+        when what was read so far leaves no doubt (four standard deviations), so that neither a few bad rows met early
+        stop a run nor a rotten data set runs for long.
         """
-        entry = {"domain": self._domain, "id": row_identity(row), "reason": reason}
-        entry |= {"shard": place[0], "row": place[1]}
+        entry = bad_row(self._domain, row, reason, place)
         if _key(entry) in self._entries:
             return entry
         self._entries[_key(entry)] = entry
@@ -107,7 +117,7 @@ class BadRows:
             among = None
             if bad > self._limit * num_rows:
                 among = f"among {num_rows}"
-            elif bad > expected + 4 * math.sqrt(expected) + 3:
+            elif self._shuffled and bad > expected + 4 * math.sqrt(expected) + 3:
                 among = f"among {num_rows}, of which only {self.attempted} were looked at"
             if among is not None:
                 raise _too_many(self._domain, list(self._entries.values()), among, self._limit)

@@ -65,7 +65,8 @@ class SampleStream(torch.utils.data.IterableDataset):
     `ShardRows`.
 
     A row that cannot be decoded, or whose label is missing, in colours, of another size than its image or outside the
-    map, is skipped: the next good row takes its place, and it is reported under ``bad_rows``.
+    map, is skipped: the next good row takes its place, so that this one is seen twice in that pass, and it is reported
+    under ``bad_rows``.
 
     Args:
         rows: from ``open_rows``, or any ``IterableDataset`` with an ``image`` (and ``label``, ``id``) column, which
@@ -202,7 +203,10 @@ class SampleStream(torch.utils.data.IterableDataset):
         worker, num_workers = _worker()
         order = MixedOrder(self.sources, seed=self.seed, shuffle=self.shuffle, buffer_size=self.buffer_size)
         readers = [
-            (RowDecoder(source.domain, source.label_map), BadRows(source.domain, self.bad_row_limit, num_rows))
+            (
+                RowDecoder(source.domain, source.label_map),
+                BadRows(source.domain, self.bad_row_limit, num_rows, shuffled=self.shuffle),
+            )
             for source, num_rows in zip(self.sources, order.row_counts(), strict=True)
         ]
         global_batch = self.micro_batch_size * self.world_size
@@ -215,7 +219,9 @@ class SampleStream(torch.utils.data.IterableDataset):
 
     def _transformed(self, row: dict, index: int, decode: RowDecoder) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.seed, index])
-        if isinstance(self.transform, SegmentationTransform if decode.labelled else DistillationTransform):
+        own = SegmentationTransform if decode.labelled else DistillationTransform
+        # A subclass may transform in another way; what it says must not be passed by.
+        if isinstance(self.transform, own) and type(self.transform).__call__ is own.__call__:
             return decode.crop(row, self.transform, rng)
         image, label = decode(row)
         return self.transform(image, rng) if label is None else self.transform(image, rng, label)
@@ -311,7 +317,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
             streamed = StreamedOrder(self.rows, seed=0, shuffle=False, buffer_size=1, num_rows=None, name=self.domain)
         decode = RowDecoder(self.domain, self.label_map)
         num_rows = (lambda: len(self.rows)) if streamed is None else (lambda: streamed.num_rows)
-        bad = BadRows(self.domain, self.bad_row_limit, num_rows)
+        bad = BadRows(self.domain, self.bad_row_limit, num_rows, shuffled=False)
         # One sample is held back so that bad rows at the end still find one to travel with.
         held: dict[str, Any] | None = None
         reported: list[dict[str, Any]] = []

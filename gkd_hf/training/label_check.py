@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gkd_hf.data.bad_rows import BAD_ROW_LIMIT, BadRows, count_by_reason
+from gkd_hf.data.bad_rows import BAD_ROW_LIMIT, BadRows, bad_row, check_bad_rows, count_by_reason
 from gkd_hf.data.decoding import CorruptImage
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.row_decoder import RowDecoder
@@ -93,22 +93,29 @@ def look_at_first_rows(rows: Rows, domain: str, location: str, split: str, label
     """Decode the first rows of a split, which costs little even where rows are streamed.
 
     Raises:
-        InputError: more of them are bad than can be by chance.
+        InputError: all of them are bad, or so many that they are too many of the whole split, where its rows are
+            counted. Fewer say nothing of the others: damage often lies in one place.
     """
     decode = RowDecoder(domain, label_map)
-    bad = BadRows(domain, BAD_ROW_LIMIT, lambda: len(rows) if isinstance(rows, ShardRows) else FIRST_ROWS)
-    for row in readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'"):
-        bad.attempted += 1
+    stored = isinstance(rows, ShardRows)
+    bad: list[dict[str, Any]] = []
+    count = 0
+    first = readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'")
+    for count, row in enumerate(first, start=1):
         try:
             decode(row)
         except CorruptImage as error:
-            bad.add(row, str(error), (None, None))
+            bad.append(bad_row(domain, row, str(error), rows.place(count - 1) if stored else (None, count - 1)))
+    if stored:
+        check_bad_rows(domain, bad, len(rows), BAD_ROW_LIMIT)
+    if len(bad) == count:
+        check_bad_rows(domain, bad, count, BAD_ROW_LIMIT, among="among the first")
 
 
 def _check_split(split: LabelledSplit, num_rows: int, bar: tqdm) -> list[dict[str, Any]]:
     """Return the entries of the rows that will be skipped."""
     decode = RowDecoder(split.domain, split.label_map)
-    bad = BadRows(split.domain, BAD_ROW_LIMIT, lambda: num_rows)
+    bad = BadRows(split.domain, BAD_ROW_LIMIT, lambda: num_rows, shuffled=False)
     skipped: list[dict[str, Any]] = []
     # Few rows are held at a time, and judged in their order.
     pending: deque[tuple[int, dict, Future[str | None]]] = deque()

@@ -19,8 +19,9 @@ from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.shards import open_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
-from gkd_hf.data.transforms import EvaluationTransform, SegmentationTransform
+from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
+from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
 
 from .samples import encode, make_rows, row_image
 
@@ -231,3 +232,34 @@ def test_rows_without_ids_are_told_apart_by_their_places(write_folder):
     }
     assert len({entry["id"] for entry in reported}) == 1
     assert count_by_reason(reported) == {"image: not an image": 2}
+
+
+def test_damage_that_stands_together_is_judged_among_all_rows(write_folder, tmp_path):
+    folder = write_folder(make_rows(500, images=dict.fromkeys(range(4), b"")), per_shard=500)
+    rows = open_rows(folder, "train")
+    check_labels([LabelledSplit("city", str(folder), "train", rows, TWO_CLASSES, None)], tmp_path / "checked.json")
+    images = EvaluationSet(rows, EvaluationTransform(MEAN, STD), label_map=TWO_CLASSES, label_space=SPACE, domain="c")
+    assert len(list(images)) == 496
+    stream = SampleStream(
+        rows, lambda image, rng: {"pixel_values": torch.zeros(1)}, seed=0, micro_batch_size=1, shuffle=False
+    )
+    assert len(list(zip(range(500), stream, strict=False))) == 500
+
+
+def test_the_first_rows_stop_a_run_only_if_all_are_bad(write_folder):
+    shard = "train-00000-of-00001.parquet"
+    some = write_folder(make_rows(500, images=dict.fromkeys(range(3), b"")), per_shard=500, name="some")
+    look_at_first_rows(open_rows(some, "train"), "city", str(some), "train")
+    every = write_folder(make_rows(500, images=dict.fromkeys(range(4), b"")), per_shard=500, name="every")
+    with pytest.raises(InputError, match=f"'city': 4 bad rows among the first 4, .* are row000 in {shard} row 0 "):
+        look_at_first_rows(open_rows(every, "train"), "city", str(every), "train")
+
+
+def test_a_transform_that_is_made_of_ours_is_called(write_folder):
+    class Red(DistillationTransform):
+        def __call__(self, image: PIL.Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+            return {"pixel_values": torch.full((3,), 7.0)}
+
+    rows = open_rows(write_folder(make_rows(3)), "train", columns=("image",))
+    stream = SampleStream(rows, Red(SIZE, MEAN, STD), seed=0, micro_batch_size=1)
+    assert next(iter(stream))["pixel_values"].tolist() == [7.0] * 3
