@@ -48,11 +48,39 @@ def _content(file: str) -> str:
         raise InputError(f"{file} cannot be read as text ({error})") from error
 
 
+_SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_KNOWN = tuple(name for names in _SPLIT_FOLDERS.values() for name in names)
+
+
+def _choices(root: Path, names: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Where the images and masks of a split may be whose folder has one of these names."""
+    around = [(root / name / "images", root / name / "masks") for name in names]
+    return around + [(root / "images" / name, root / "masks" / name) for name in names]
+
+
+def _in_splits(root: Path) -> bool:
+    return any(folder.is_dir() for pair in _choices(root, _KNOWN) for folder in pair)
+
+
+def _refuse_strangers(root: Path) -> None:
+    """Raise ``InputError`` for images and masks beside the folders of the splits: nobody would read them."""
+    for kind in ("images", "masks"):
+        found = [path.parent for path in root.glob(f"*/{kind}") if path.is_dir() and path.parent.name not in _KNOWN]
+        for path in (root / kind).glob("*"):
+            if path.name not in _KNOWN and (path.is_dir() or path.suffix.lower() in _SUFFIXES):
+                found.append(path)
+        for path in sorted(found):
+            if not path.name.startswith("."):
+                raise InputError(
+                    f"{path} belongs to no split: beside {', '.join(_KNOWN)} nothing else is read; rename or remove it"
+                )
+
+
 class CustomLayout(RawLayout):
     """``images/`` and ``masks/`` whose files have the same names but for the suffix, folders below them included.
 
     Splits are folders around them (``train/images/a.jpg``, ``train/masks/a.png``) or directly below them
-    (``images/train/a.jpg``, ``masks/train/a.png``), called train, validation or test; without, all is "train".
+    (``images/train/a.jpg``, ``masks/train/a.png``), called train, val(idation) or test; without, all is "train".
 
     Args:
         classes: names in train-id order.
@@ -64,9 +92,7 @@ class CustomLayout(RawLayout):
 
     domain = "custom"
     splits = ("train", "validation", "test")
-    description = (
-        "images/ and masks/ with the same file names but for the suffix, or both within train/, validation/ …"
-    )
+    description = "images/ and masks/ with the same file names but for the suffix, or both within train/, val/ …"
 
     def __init__(self, classes: Sequence[str], id_map: Mapping[int, int] | None = None) -> None:
         repeated = sorted({name for name in classes if list(classes).count(name) > 1})
@@ -87,10 +113,12 @@ class CustomLayout(RawLayout):
         return self._map
 
     def splits_in(self, root: Path) -> tuple[str, ...]:
-        """Return the splits that are there."""
+        """Return the splits that are there; raises ``InputError`` for none, and for folders that are of no split."""
         found = tuple(split for split in self.splits if self._folders(root, split) is not None)
         if not found:
             raise InputError(f"{root} holds {contents(root) if root.is_dir() else 'nothing'}; {self.expectation}")
+        if _in_splits(root):
+            _refuse_strangers(root)
         return found
 
     def samples(self, root: Path, split: str) -> list[RawSample]:
@@ -103,20 +131,20 @@ class CustomLayout(RawLayout):
         return self.pair(images, masks)
 
     def _folders(self, root: Path, split: str) -> tuple[Path, Path] | None:
-        choices = [
-            (root / split / "images", root / split / "masks"),
-            (root / "images" / split, root / "masks" / split),
-        ]
-        if split == "train" and not any(
-            folder.is_dir() for name in self.splits for folder in (root / "images" / name, root / name / "images")
-        ):
+        choices = _choices(root, _SPLIT_FOLDERS[split])
+        if split == "train" and not _in_splits(root):
             choices.append((root / "images", root / "masks"))
-        for images, masks in choices:
-            if images.is_dir():
-                if not masks.is_dir():
-                    raise InputError(f"{images} is there but {masks} is not: put the masks there, named as the images")
-                return images, masks
-        return None
+        there = [pair for pair in choices if pair[0].is_dir() or pair[1].is_dir()]
+        if len(there) > 1:
+            raise InputError(f"{there[0][0]} and {there[1][0]} are both the split '{split}': put all into one of them")
+        for images, masks in there:
+            folder, other = (images, masks) if images.is_dir() else (masks, images)
+            if not other.is_dir():
+                raise InputError(
+                    f"{folder} is there but {other} is not: an image and its mask have the same name, the images "
+                    "below images/ and the masks below masks/"
+                )
+        return there[0] if there else None
 
     def _files(self, folder: Path) -> dict[str, Path]:
         found: dict[str, Path] = {}

@@ -239,6 +239,30 @@ def test_a_flat_folder_is_the_training_split_and_every_image_needs_a_mask(tmp_pa
     assert "named twice" in _refusal(prepare, "custom", tmp_path / "raw", tmp_path / "x", **settings(classes="aa"))
 
 
+@pytest.mark.parametrize("around", [True, False])
+def test_val_is_validation_and_no_folder_is_silently_left_out(tmp_path: Path, around: bool) -> None:
+    def put(root: Path, *splits: str) -> Path:
+        for split in splits:
+            for kind, content in (("images", row_image(1)), ("masks", row_label(1))):
+                folder = root / split / kind if around else root / kind / split
+                folder.mkdir(parents=True)
+                (folder / "a.png").write_bytes(content)
+        return root
+
+    layout = CustomLayout(CLASSES)
+    found = put(tmp_path / "one", "train", "val")
+    assert layout.splits_in(found) == ("train", "validation")
+    assert [sample.image.parts[-3:].count("val") for sample in layout.samples(found, "validation")] == [1]
+    for known, stranger in (("val", "training"), ("train", "valid")):
+        told = _refusal(layout.splits_in, put(tmp_path / stranger, known, stranger))
+        assert f"{stranger} belongs to no split" in told
+    both = put(tmp_path / "both", "val", "validation")
+    assert "are both the split 'validation'" in _refusal(layout.splits_in, both)
+    (found / "images").mkdir(exist_ok=True)
+    (found / "images" / "loose.jpg").write_bytes(row_image(2))
+    assert "loose.jpg belongs to no split" in _refusal(layout.splits_in, found)
+
+
 def test_an_imagenet_like_set_has_no_labels(tmp_path: Path) -> None:
     class Unlabelled(CustomLayout):
         def splits_in(self, root: Path) -> tuple[str, ...]:
