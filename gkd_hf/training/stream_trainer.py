@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from gkd_hf.data.bad_rows import distinct
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import package_versions
@@ -27,6 +25,7 @@ from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
 from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 from gkd_hf.training.progress import stage_progress
+from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
 
 
@@ -80,6 +79,7 @@ class StreamTrainer(Trainer, ABC):
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._first_bad: dict[str, torch.Tensor] | None = None
+        self._skipped: SkippedRows | None = None
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -117,24 +117,22 @@ class StreamTrainer(Trainer, ABC):
     def note_bad_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write rows that could not be read to the output folder at once, where a killed run finds them again.
 
+        A row that is met again is not written again.
+
         Raises:
-            InputError: they are too many, counted over all processes, workers and restarts.
+            InputError: they are too many, counted over all processes, workers and restarts, or cannot be written.
         """
-        if rows:
-            path = Path(self.args.output_dir) / f"bad_rows.{self.args.process_index}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            stream = self.train_dataset
-            if isinstance(stream, SampleStream):
-                stream.check_bad_rows(self.bad_rows)
+        if not rows:
+            return
+        if self._skipped is None:
+            self._skipped = SkippedRows(self.args.output_dir, self.args.process_index)
+        if self._skipped.add(rows) and isinstance(self.train_dataset, SampleStream):
+            self.train_dataset.check_bad_rows(self.bad_rows)
 
     @property
     def bad_rows(self) -> list[dict[str, Any]]:
         """The distinct rows that were skipped in this folder's run, over all processes and restarts."""
-        paths = sorted(Path(self.args.output_dir).glob("bad_rows.*.jsonl"))
-        lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
-        return distinct(json.loads(line) for line in lines)
+        return skipped_rows(self.args.output_dir)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -157,6 +155,7 @@ class StreamTrainer(Trainer, ABC):
         if checkpoint is None and self.is_world_process_zero():
             for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
                 path.unlink()
+        self._skipped = None
         if checkpoint and 0 < self.args.max_steps <= self._start_step:
             # Killed between its last checkpoint and the end: Trainer would train one more step.
             self._load_from_checkpoint(checkpoint)

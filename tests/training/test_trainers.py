@@ -482,7 +482,7 @@ def test_corrupt_rows_are_listed_once(tmp_path: Path) -> None:
     trainer.train()  # two passes and more
     assert [row["id"] for row in trainer.bad_rows] == ["row7"]
     logged = (tmp_path / "bad_rows.0.jsonl").read_text().splitlines()
-    assert json.loads(logged[0])["domain"] == "toy_city" and len(logged) >= 2
+    assert [json.loads(line)["domain"] for line in logged] == ["toy_city"]
 
 
 @pytest.mark.parametrize(
