@@ -44,7 +44,8 @@ def count_by_reason(entries: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def distinct(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the entry of each skipped row once: rows are told apart by their places, or else by their ids."""
+    """Return the entry of each skipped row once: rows are told apart by their places, or, streamed, by
+    their ids, which `told_apart` gives to rows without any that are the same."""
     found: dict[Hashable, Mapping[str, Any]] = {}
     for entry in entries:
         found.setdefault(_key(entry), entry)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 
 import datasets
 import fsspec.asyn
@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import torch.utils.data
 
+from gkd_hf.data.bad_rows import row_identity
 from gkd_hf.data.shards import readable
 from gkd_hf.errors import InputError
 
 _READ_ROWS = 16
 _BUFFER_BYTES = 256 * 2**20
+_COMPARED_BYTES = 4096
 
 
 class StreamedOrder:
@@ -88,7 +90,10 @@ class StreamedOrder:
             self._first += 1
 
     def one_pass(self, number: int = 0) -> Iterator[dict]:
-        """Yield the raw rows of pass ``number`` in order."""
+        """Yield the raw rows of pass ``number`` in order, told apart by `told_apart`."""
+        return told_apart(self._one_pass(number))
+
+    def _one_pass(self, number: int) -> Iterator[dict]:
         if not self._shuffle:
             for table in self._tables(self._rows):
                 yield from table.to_pylist()
@@ -136,6 +141,25 @@ class StreamedOrder:
         # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
         tables = rows.with_format("arrow").iter(batch_size=_READ_ROWS)
         yield from readable(tables, f"domain '{self._name}'")
+
+
+def told_apart(rows: Iterable[dict]) -> Iterator[dict]:
+    """Yield the rows of one pass; of rows without id and file whose image is the same, each but the first gets an id.
+
+    As many rows as are empty or hold the same error page then count as bad, in whatever order a pass has them. Only
+    images below 4 KiB are compared: few others are the same.
+    """
+    met: Counter[int] = Counter()
+    for row in rows:
+        image = row.get("image")
+        if row.get("id") is None and (image is None or isinstance(image, dict) and not image.get("path")):
+            data = (image or {}).get("bytes") or b""
+            if len(data) < _COMPARED_BYTES:
+                key = hash(data)
+                met[key] += 1
+                if met[key] > 1:
+                    row = {**row, "id": f"{row_identity(row)} no. {met[key]}"}
+        yield row
 
 
 def _swap_out(buffer: list[dict], position: int) -> dict:

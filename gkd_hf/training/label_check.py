@@ -22,6 +22,7 @@ from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows, count_rows, find_shards, readable
+from gkd_hf.data.streamed_order import told_apart
 from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stage_folder import write_json
 
@@ -101,11 +102,11 @@ def look_at_first_rows(rows: Rows, domain: str, location: str, split: str, label
     bad: list[dict[str, Any]] = []
     count = 0
     first = readable(itertools.islice(rows, FIRST_ROWS), f"{location}, split '{split}'")
-    for count, row in enumerate(first, start=1):
+    for count, row in enumerate(told_apart(first), start=1):
         try:
             decode(row)
         except CorruptImage as error:
-            bad.append(bad_row(domain, row, str(error), rows.place(count - 1) if stored else (None, count - 1)))
+            bad.append(bad_row(domain, row, str(error), rows.place(count - 1) if stored else (None, None)))
     if stored:
         check_bad_rows(domain, bad, len(rows), BAD_ROW_LIMIT)
     if len(bad) == count:

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pytest
 from huggingface_hub.errors import HTTPError
 
+from gkd_hf.data.bad_rows import count_by_reason
 from gkd_hf.data.streamed_order import StreamedOrder
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
+from gkd_hf.training.label_check import look_at_first_rows
 
 from .samples import make_rows, row_image
 from .test_streaming import RowNumber, first, loaded, rows_of
@@ -69,7 +71,25 @@ def test_rows_without_an_id_are_named_by_their_bytes():
     assert all(entry["id"].startswith("sha1:") and entry["shard"] is entry["row"] is None for entry in reported)
     same = datasets.Dataset.from_list([{"image": {"bytes": b"", "path": None}}] * 5).to_iterable_dataset()
     with pytest.raises(InputError, match="no readable row in a whole pass"):
-        first(make_stream(same), 1)
+        first(make_stream(same, bad_row_limit=1.0), 1)
+
+
+def without_ids(images: dict[int, bytes]) -> datasets.IterableDataset:
+    cells = [{"image": {"bytes": row["image"], "path": None}} for row in make_rows(100, images=images)]
+    return datasets.Dataset.from_list(cells).to_iterable_dataset(num_shards=4)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_that_are_empty_alike_count_one_by_one(shuffle):
+    half = make_stream(without_ids(dict.fromkeys(range(50), b"")), shuffle=shuffle)
+    with pytest.raises(InputError, match="bad rows among 100.* more than the 1.0% .* × image: zero bytes"):
+        first(half, 100)
+    with pytest.raises(InputError, match="4 bad rows among the first 4"):
+        look_at_first_rows(half.sources[0].rows, "city", "somewhere", "train")
+    few = make_stream(without_ids(dict.fromkeys((3, 40, 99), b"")), shuffle=shuffle, bad_row_limit=0.03)
+    entries = [entry for _, sample in zip(range(400), few, strict=False) for entry in sample["bad_rows"]]
+    assert len(entries) >= 12 and len({entry["id"] for entry in entries}) == 3  # the same three in every pass
+    assert count_by_reason(entries) == {"image: zero bytes": 3}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
