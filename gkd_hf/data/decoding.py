@@ -152,7 +152,9 @@ class EncodedImage:
         falls below ``size``, and without rows far below the box: its decoder saves the work. Other formats come whole.
 
         Returns:
-            the upright RGB image, and the box in its pixels. Raises ``CorruptImage`` as decoding the whole would.
+            the upright RGB image, and the box in its pixels. Raises ``CorruptImage`` for a file without its end, and
+            for damage where it is decoded. Damage of a JPEG below the box stays unseen: its row may be good with one
+            crop and bad with another.
         """
         if self._image.format not in ("JPEG", "MPO"):
             return self.decode(), box
