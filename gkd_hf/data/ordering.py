@@ -1,9 +1,11 @@
 """The order of the rows over all passes: a pure function of data set, seed and position.
 
-A pass is drawn by row groups, since reading one row reads its group. The groups of all shards are permuted and dealt
-to lanes in turn; the rows of each are shuffled; the pass takes one row of each lane in turn. So a group's rows are as
-many positions apart as there are lanes, and as many groups are in use at a time, which the cache of `ShardRows` holds.
-With groups of one row, as prepared shards have them, this is a uniform permutation of the rows.
+A pass is drawn by row groups, since reading one row reads its group. The groups of all shards are permuted and the
+rows of each shuffled; the sequence of all rows so drawn is begun at a random row, as a ring, and cut into lanes of
+equal length; the pass takes one row of each lane in turn. So every row is at every position equally often, whatever
+the sizes of the groups; a group's rows in one lane are as many positions apart as there are lanes; and no more groups
+than lanes are in use at a time, which the cache of `ShardRows` holds. A group that a cut divides may be read once for
+each part. With groups of one row, as prepared shards have them, this is a uniform permutation of the rows.
 
 Where shards are fetched as they are reached, they are permuted and taken in sets of no fewer rows than a shuffle
 buffer would hold, and this is done within each set, so that training begins before all of them are here. A folder is
@@ -71,7 +73,9 @@ def num_lanes(rows: ShardRows) -> int:
     At most half of the cache is asked for: least-recently-used groups, read in turn, all miss as soon as one does not
     fit.
     """
-    wanted = CACHE_BYTES // 2 * len(rows.group_rows) // max(1, rows.num_bytes)
+    sizes = rows.group_rows.astype(np.int64)
+    # A lane is in a group for as long as that has rows: of groups that differ, the large ones are more often in use.
+    wanted = CACHE_BYTES // 2 * int(sizes.sum()) ** 2 // max(1, rows.num_bytes * int((sizes**2).sum()))
     least, most = _LANES
     return max(least, min(most, 1 << max(0, int(wanted).bit_length() - 1)))
 
@@ -80,14 +84,18 @@ def _lanes_in_turn(sizes: np.ndarray, firsts: np.ndarray, lanes: int, rng: np.ra
     """Shuffle rows given by groups: ``sizes`` and index of the first row of each."""
     dealt = rng.permutation(len(sizes))
     sizes, firsts = sizes[dealt], firsts[dealt]
+    count = int(sizes.sum())
     group = np.repeat(np.arange(len(sizes)), sizes)
-    inside = np.arange(len(group)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    shuffled = inside[np.lexsort((rng.random(len(group)), group))]
-    # Where each group begins in its lane: after the groups that were dealt to it before.
-    rounds = np.pad(sizes, (0, -len(sizes) % lanes)).reshape(-1, lanes)
-    begins = (rounds.cumsum(axis=0) - rounds).ravel()[: len(sizes)]
-    turn = np.lexsort((group % lanes, begins[group] + inside))
-    return (firsts[group] + shuffled)[turn]
+    inside = np.arange(count) - np.repeat(sizes.cumsum() - sizes, sizes)
+    drawn = firsts[group] + inside[np.lexsort((rng.random(count), group))]
+    drawn = np.roll(drawn, rng.integers(max(1, count)))
+    # Lanes next to each other may share a group, so their turns are permuted; those whose turn comes first are longer.
+    turns = rng.permutation(lanes)
+    lengths = (count - 1 - turns) // lanes + 1
+    turn, step = np.arange(count) % lanes, np.arange(count) // lanes
+    begins = np.empty(lanes, np.int64)
+    begins[turns] = lengths.cumsum() - lengths
+    return drawn[begins[turn] + step]
 
 
 class ShardOrder:
