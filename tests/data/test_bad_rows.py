@@ -13,15 +13,23 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from gkd_hf import (
+    GKDSegmentationArguments,
+    GKDSegmentationTrainer,
+    GKDStudentForSemanticSegmentation,
+    GKDStudentModel,
+)
 from gkd_hf.data.bad_rows import count_by_reason
 from gkd_hf.data.decoding import decode_image
 from gkd_hf.data.domains import LabelSpace
 from gkd_hf.data.label_maps import label_map
+from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.data.shards import open_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
+from tests.tiny import ENCODERS
 
 from .samples import encode, make_rows, row_image
 
@@ -160,6 +168,45 @@ def test_training_goes_through_every_kind_and_loses_the_stated_rows_only(mixed, 
     for entry in reported:
         assert entry["domain"] == "city" and entry["reason"].startswith(reasons[entry["id"]]), entry
         assert_placed(entry, places)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_sees_every_good_row_of_a_pass_and_lists_the_others(mixed, workers, monkeypatch, tmp_path):
+    folder, reasons, places = mixed
+    plain_crop, plain_loss = RowDecoder.crop, GKDSegmentationTrainer.compute_loss
+    trained: list[str] = []
+
+    def compute_loss(trainer: GKDSegmentationTrainer, model: torch.nn.Module, inputs: dict, *args, **options):
+        trained.extend(inputs.pop("row"))
+        return plain_loss(trainer, model, inputs, *args, **options)
+
+    monkeypatch.setattr(RowDecoder, "crop", lambda self, row, *rest: plain_crop(self, row, *rest) | {"row": row["id"]})
+    monkeypatch.setattr(GKDSegmentationTrainer, "compute_loss", compute_loss)
+    stream = SampleStream(
+        open_rows(folder, "train"),
+        SegmentationTransform(32, MEAN, STD, short_sides=(32,), photometric=False, max_class_fraction=1.0),
+        seed=3, micro_batch_size=4, domain="city", label_map=TWO_CLASSES, bad_row_limit=0.2,
+    )  # fmt: skip
+    student = GKDStudentModel.from_encoder(ENCODERS["resnet"])
+    arguments = GKDSegmentationArguments(
+        output_dir=str(tmp_path / "run"), max_steps=ROWS // 4, per_device_train_batch_size=4, save_strategy="no",
+        window=32, stride=32, use_cpu=True, disable_tqdm=True, dataloader_num_workers=workers,
+    )  # fmt: skip
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=2)
+    trainer = GKDSegmentationTrainer(model, arguments, stream)
+    plain = trainer.data_collator
+    trainer.data_collator = lambda samples: plain(samples) | {"row": [sample["row"] for sample in samples]}
+    assert trainer.train().global_step == ROWS // 4
+    names = {place: name for name, place in places.items()}
+    assert set(trained) == {names.get(place, f"row{place:03d}") for place in range(ROWS)} - set(reasons)
+    assert len(trained) == ROWS
+    assert {entry["id"] for entry in trainer.bad_rows} == set(reasons)
+    for entry in trainer.bad_rows:
+        assert entry["reason"].startswith(reasons[entry["id"]])
+        assert_placed(entry, places)
+    counts = count_by_reason(trainer.bad_rows)
+    assert len(trainer.bad_rows) == sum(counts.values()) == 12
+    assert counts.pop("image: zero bytes") == 2 and set(counts.values()) == {1}
 
 
 def test_evaluation_sees_every_row_but_the_stated_ones_and_each_is_counted_and_found(mixed):
