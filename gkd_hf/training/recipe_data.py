@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gkd_hf.data.domains import Domain, LabelSpace, label_space, own_label_space
 from gkd_hf.data.label_maps import LabelMap, label_map
-from gkd_hf.data.manifest import find_manifest
+from gkd_hf.data.manifest import Manifest, find_manifest
 from gkd_hf.data.mixing import Source
 from gkd_hf.data.shards import Rows, count_rows, is_hub_id, open_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
@@ -108,27 +111,39 @@ class RecipeData:
         return count_rows(self.location(use.domain), use.split, revision=self.revision(use.domain))
 
     def label_map(self, name: str) -> LabelMap:
-        """The map from a domain's stored ids to the train ids of the label space."""
-        maps = self.recipe.data.label_maps
-        given = maps[name] if name in maps else self._stored_ids(name)
+        """The map from a domain's stored ids to the train ids of the label space.
+
+        Raises:
+            InputError: an unknown map, labels prepared for other classes, a map for what are train ids already.
+        """
+        manifest = find_manifest(self.location(name), self.revision(name))
+        prepared = manifest if manifest is not None and manifest.labels == "train_ids" else None
+        if name not in self.recipe.data.label_maps:
+            own = recipe_domain(name).label_map
+            return self._map(name, own if prepared is None else self._stored_ids(name, prepared))
+        given = self._map(name, self.recipe.data.label_maps[name])
+        if prepared is not None and prepared.classes == self.label_space.classes:
+            ids = np.arange(len(prepared.classes))
+            if not np.array_equal(given.table[ids], ids):
+                raise InputError(
+                    f"data.label_maps.{name}: {self.location(name)} holds train ids of this run's classes already, so "
+                    f"that the map '{given.name}' would be applied a second time: leave data.label_maps.{name} out"
+                )
+        return given
+
+    def _map(self, name: str, given: Any) -> LabelMap:
         try:
             return label_map(given, len(self.label_space.classes))
         except InputError as error:
             raise InputError(f"data.label_maps.{name}: {error}") from error
 
-    def _stored_ids(self, name: str) -> str:
-        """The map that a domain's labels need unless the recipe names another: none where they are prepared."""
-        own, location = recipe_domain(name).label_map, self.location(name)
-        if own == "identity" and is_hub_id(location):
-            return own  # without asking the Hub
-        manifest = find_manifest(location, self.revision(name))
-        if manifest is None or manifest.labels != "train_ids":
-            return own
-        if manifest.classes != self.label_space.classes:
+    def _stored_ids(self, name: str, prepared: Manifest) -> str:
+        """The map that prepared labels need, none; raises `InputError` if they were prepared for other classes."""
+        if prepared.classes != self.label_space.classes:
             raise InputError(
-                f"the labels in {location} were prepared for the classes {', '.join(manifest.classes)}, but those of "
-                f"this run are {', '.join(self.label_space.classes)}: prepare the data for these, or say which is "
-                f"which with data.label_maps.{name}"
+                f"the labels in {self.location(name)} were prepared for the classes {', '.join(prepared.classes)}, "
+                f"but those of this run are {', '.join(self.label_space.classes)}: prepare the data for these, or say "
+                f"which is which with data.label_maps.{name}"
             )
         return "identity"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ import PIL.Image
 import pytest
 from huggingface_hub import constants
 
-from gkd_hf.data.manifest import MANIFEST, find_manifest
+from gkd_hf.data.manifest import MANIFEST, Manifest, find_manifest
 from gkd_hf.data.prepare import prepare
 from gkd_hf.data.preview import prepared_sheet
 from gkd_hf.data.shards import open_rows
@@ -47,7 +48,7 @@ def test_the_manifest_at_the_pinned_revision_decides_the_label_map(hub: Loopback
     prepared = repo.commits[-1].oid
     repo.add_commit("other labels", deleted=[MANIFEST])
     roots = {"imagenet": "org/pinned", "cityscapes": "org/pinned"}
-    roots |= {f"acdc_{name}": "org/acdc" for name in ("night", "snow", "fog", "rain")}  # is not there: nobody asks
+    roots |= {f"acdc_{name}": "org/pinned" for name in ("night", "snow", "fog", "rain")}
     changes = [f"data.roots.{name}={root}" for name, root in roots.items()]
     recipe = load_recipe(RECIPES / "cityscapes_dinov2b_deits.yaml", changes)
     assert RecipeData(recipe).label_map("cityscapes").name == "cityscapes"
@@ -57,8 +58,29 @@ def test_the_manifest_at_the_pinned_revision_decides_the_label_map(hub: Loopback
     recipe.data.revisions["cityscapes"] = "v9"
     with pytest.raises(InputError, match="no revision 'v9'"):
         RecipeData(recipe)
-    recipe.data.label_maps["cityscapes"] = "gtav"  # needs nobody's word
+    recipe.data.revisions["cityscapes"] = prepared
+    recipe.data.label_maps["cityscapes"] = "gtav"
+    with pytest.raises(InputError, match="org/pinned holds train ids"):
+        RecipeData(recipe)
+    del recipe.data.revisions["cityscapes"]
     assert RecipeData(recipe).label_map("cityscapes").name == "gtav"
+
+
+def test_other_classes_on_the_hub_are_refused_where_no_map_is_needed_too(hub: LoopbackHub, tmp_path: Path) -> None:
+    repo = streets(hub, "org/night", tmp_path)
+    hub.add_dataset("org/streets", tmp_path / "out")
+    roots = {"imagenet": "org/streets", "cityscapes": "org/streets"}
+    roots |= {f"acdc_{name}": "org/night" for name in ("night", "snow", "fog", "rain")}
+    recipe = load_recipe(
+        RECIPES / "cityscapes_dinov2b_deits.yaml", [f"data.roots.{name}={root}" for name, root in roots.items()]
+    )
+    assert RecipeData(recipe).label_map("acdc_night").name == "identity"
+    manifest = Manifest.read(tmp_path / "out")
+    permuted = replace(manifest, classes=manifest.classes[::-1])
+    repo.add_commit("permuted", added={MANIFEST: permuted.to_json().encode()})
+    recipe.data.revisions = {f"acdc_{name}": repo.commits[-1].oid for name in ("night", "snow", "fog", "rain")}
+    with pytest.raises(InputError, match="the labels in org/night were prepared for the classes bicycle, motorcycle"):
+        RecipeData(recipe)
 
 
 def test_a_sheet_of_a_hub_id_needs_no_other_word(hub: LoopbackHub, tmp_path: Path) -> None:

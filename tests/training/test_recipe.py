@@ -16,6 +16,7 @@ import yaml
 from gkd_hf.data.domains import CITYSCAPES_CLASSES, own_label_space
 from gkd_hf.data.manifest import Manifest
 from gkd_hf.errors import InputError
+from gkd_hf.training import recipe_data
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
 from gkd_hf.training.recipe import recipe_domain
@@ -136,7 +137,8 @@ def test_overrides_replace_values_and_leave_stages_out() -> None:
     assert load_recipe(path, ["student.encoder={model_type: vit}"]).student.encoder == {"model_type": "vit"}
 
 
-def test_revisions_and_hub_are_read_and_saved(tmp_path: Path) -> None:
+def test_revisions_and_hub_are_read_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_data, "find_manifest", lambda location, revision: None)  # without the Hub
     changes = ["student.encoder=org/student", "student.revision=v1", "teacher.name=org/teacher", "teacher.revision=v2"]
     changes += ["data.roots.cityscapes=org/city", "data.revisions.cityscapes=v3", "data.revisions.toy_city:night=v4"]
     changes += ["data.roots.toy_city:night=org/night", "hub.repo_id=org/gkd-x", "hub.license=cc-by-nc-4.0"]
@@ -303,7 +305,10 @@ def test_the_segmenters_repo_needs_a_name_too(data: str) -> None:
     load_recipe(path, [f"hub.repo_id={name}", "stages.task=null", "evaluate=[]", "baselines=[]"])
 
 
-def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(tmp_path: Path) -> None:
+def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_data, "find_manifest", lambda location, revision: None)  # without the Hub
     places = ["data.roots.toy_city=org/toy-city", "data.roots.toy_city:night=/data/night"]
     recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", [*places, f"output_dir={tmp_path}"])
     data = RecipeData(recipe)
@@ -331,4 +336,11 @@ def test_labels_of_a_prepared_folder_are_train_ids_already(tmp_path: Path) -> No
         RecipeData(recipe)
     (folder / "manifest.json").write_text(manifest.to_json())
     recipe.data.label_maps["cityscapes"] = "gtav"
-    assert RecipeData(recipe).label_map("cityscapes").name == "gtav"
+    with pytest.raises(InputError, match="holds train ids .* a second time: leave data.label_maps.cityscapes out"):
+        RecipeData(recipe)
+    for same in ("identity", {number: number for number in range(19)}):
+        recipe.data.label_maps["cityscapes"] = same
+        assert RecipeData(recipe).label_map("cityscapes").table[18] == 18
+    (folder / "manifest.json").write_text(replace(manifest, classes=("sky", "road")).to_json())
+    recipe.data.label_maps = {name: {0: 10, 1: 0} for name in ("cityscapes", *recipe.evaluate)}
+    assert RecipeData(recipe).label_map("cityscapes").table[0] == 10
