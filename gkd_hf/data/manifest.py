@@ -94,6 +94,21 @@ class Manifest:
         """The text of manifest.json: the same for the same data, without times and paths."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
+    def _check_types(self) -> None:
+        """Raise `TypeError` for a value that `to_json` would not have written."""
+        names = (self.domain, *(self.classes or ()), *(shard.name for shard in self.shards))
+        texts = [*names, *(shard.sha256 for shard in self.shards)]
+        numbers = [number for shard in self.shards for number in (shard.rows, shard.bytes)]
+        for split in self.splits.values():
+            numbers += [split.rows, split.image_bytes, split.label_bytes, *split.smallest, *split.largest]
+            numbers += [] if split.pixels is None else [*split.pixels, split.ignored_pixels]
+        for kind, values in ((str, texts), (int, numbers), (Mapping, [self.settings])):
+            wrong = [value for value in values if not isinstance(value, kind) or isinstance(value, bool)]
+            if wrong:
+                raise TypeError(f"{wrong[0]!r} where {kind.__name__} is expected")
+        if (self.labels, self.classes is None) not in (("train_ids", False), (None, True)):
+            raise TypeError(f"labels are {self.labels!r} with classes {self.classes}")
+
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest | None:
         """Return the manifest of a folder, or None if it has none.
@@ -108,7 +123,9 @@ class Manifest:
                 raise InputError(f"{path} has format {content['format']}, not {FORMAT}: prepare the data set again")
             splits = {name: _split(found) for name, found in content["splits"].items()}
             classes = content["classes"] and tuple(content["classes"])
-            return cls(content["domain"], content["labels"], classes, splits, content["settings"])
+            manifest = cls(content["domain"], content["labels"], classes, splits, content["settings"])
+            manifest._check_types()
+            return manifest
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -217,6 +217,30 @@ def test_other_raw_files_and_other_peoples_folders_are_refused(raw: Path, tmp_pa
     assert (tmp_path / "mine/README.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("splits", "train", "rows"), "10"),
+        (("splits", "train", "shards", 0, "bytes"), 1.5),
+        (("splits", "train", "pixels"), [1, None]),
+        (("classes",), [1, 2]),
+        (("classes",), None),
+        (("labels",), "ids"),
+        (("settings",), []),
+    ],
+)
+def test_a_manifest_of_wrong_types_is_refused(raw: Path, tmp_path: Path, keys: tuple, value: object) -> None:
+    prepare("custom", raw, tmp_path / "out", **settings(shard_rows=9))
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+    assert "is not the manifest of a prepared data set" in _refusal(verify, tmp_path / "out")
+
+
 def test_an_id_map_and_a_new_encoding(raw: Path, tmp_path: Path) -> None:
     given = settings(classes=["only"], id_map={0: 255, 1: 0}, re_encode="jpeg:95")
     manifest = prepare("custom", raw, tmp_path / "out", **given)
