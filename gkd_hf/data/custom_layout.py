@@ -22,10 +22,10 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 
 
 def read_classes(given: str | None) -> list[str] | None:
-    """Return the names in "a,b,c" or in a file of one name a line; None for None."""
+    """Return the names in "a,b,c" or in a file of one name a line; None for None; raises ``InputError``."""
     if given is None:
         return None
-    names = _content(given).splitlines() if os.path.isfile(given) else given.split(",")
+    names = _content(given).splitlines() if _is_file(given, (".txt", ".csv", ".json", ".names")) else given.split(",")
     return [name.strip() for name in names if name.strip()]
 
 
@@ -33,17 +33,36 @@ def read_id_map(given: str | None) -> dict[int, int] | None:
     """Return stored id → train id of "7:0,8:1" or of a JSON file; None for None; raises ``InputError``."""
     if given is None:
         return None
+    is_file = _is_file(given, (".json", ".txt"))
     try:
-        if os.path.isfile(given):
-            return {int(stored): int(train) for stored, train in json.loads(_content(given)).items()}
-        return {int(stored): int(train) for stored, train in (pair.split(":") for pair in given.split(","))}
+        if is_file:
+            pairs = json.loads(_content(given), object_pairs_hook=list)
+            if not all(type(train) is int for _, train in pairs):
+                raise ValueError("not whole numbers")
+        else:
+            pairs = [pair.split(":") for pair in given.split(",")]
+        found = [(int(stored), int(train)) for stored, train in pairs]
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"id map {given}: give stored:train ids such as 7:0,8:1, or a JSON file of them") from error
+    ids = [stored for stored, _ in found]
+    if len(set(ids)) < len(ids):
+        twice = next(stored for stored in ids if ids.count(stored) > 1)
+        raise InputError(f"id map {given}: stored id {twice} is listed twice; list each once")
+    return dict(found)
+
+
+def _is_file(given: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is meant; raises ``InputError`` where one is named that is not there."""
+    if os.path.isfile(given):
+        return True
+    if "," not in given and given.lower().endswith(suffixes):
+        raise InputError(f"there is no file '{given}': give one that is there, or the entries themselves, by commas")
+    return False
 
 
 def _content(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # some editors put a mark before the first name
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as text ({error})") from error
 
@@ -149,7 +168,7 @@ class CustomLayout(RawLayout):
     def _files(self, folder: Path) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() not in _SUFFIXES or path.name.startswith("."):
+            if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or not path.is_file():
                 continue
             key = path.relative_to(folder).with_suffix("").as_posix()
             if key in found:

@@ -7,7 +7,6 @@ before the first is written, so that neither the number of processes nor a kill 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any
 from gkd_hf.data.custom_layout import CustomLayout, is_custom
 from gkd_hf.data.dataset_card import card_text
 from gkd_hf.data.manifest import MANIFEST, Manifest, Shard, Split, verify
-from gkd_hf.data.preview import CONTACT, raw_sheet, save_sheet
+from gkd_hf.data.preview import CONTACT, NO_SPACE, raw_sheet, save_sheet
 from gkd_hf.data.raw_layouts import RawLayout, RawSample, raw_layout
 from gkd_hf.data.raw_rows import Limit
 from gkd_hf.data.rows_layout import RowsLayout, splits_of_shards
@@ -35,7 +34,6 @@ __all__ = ["Manifest", "prepare", "verify"]
 
 CARD = "README.md"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK_SECONDS = 5.0  # workers of a killed run live on for a moment
 
 
@@ -86,6 +84,8 @@ def prepare(
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     _check_numbers(shard_rows, row_group_rows, re_encode, max_bad, workers)
+    if layout is None and is_custom(domain):
+        _check_apart(root, out)
     layout = layout or _layout_of(domain, root, classes, id_map, revision)
     samples = _samples(layout, root, splits)
     names = _class_names(layout, samples)
@@ -151,6 +151,13 @@ def _check_numbers(
     good = re_encode in (None, "png") or re.fullmatch(r"jpeg:([1-9]\d?|100)", str(re_encode))
     if not good:
         raise InputError(f"re_encode is '{re_encode}': it is png, or jpeg:QUALITY with 1 to 100, such as jpeg:95")
+
+
+def _check_apart(root: Path, out: Path) -> None:
+    """What is drawn and written must not become an image of the next run."""
+    for images in (root / "images", root / "masks"):
+        if out.resolve().is_relative_to(images.resolve()):
+            raise InputError(f"the folder to write, {out}, is within {images}: choose one outside of the raw data")
 
 
 def _layout_of(
@@ -295,7 +302,7 @@ def _manifest(
 
 def _trouble(error: OSError, out: Path, parts: Sequence[Part]) -> InputError:
     """What to tell about a folder that cannot be written."""
-    if error.errno not in _NO_SPACE:
+    if error.errno not in NO_SPACE:
         return InputError(f"{error.filename or out} cannot be written: {error.strerror or error}")
     finished = [part for part in parts if part.target.exists()]
     rows = sum(len(part.samples) for part in finished)

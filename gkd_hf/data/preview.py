@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from gkd_hf.errors import InputError
 
 CONTACT = "contact.png"
 _COUNT = 12
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk says
 
 
 def raw_sheet(layout: RawLayout, samples: Sequence[RawSample], title: str, count: int = _COUNT) -> PIL.Image.Image:
@@ -112,4 +114,5 @@ def save_sheet(sheet: PIL.Image.Image, file: str | os.PathLike) -> None:
             out.write(encoded(sheet, "PNG"))
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"the contact sheet {file} cannot be written ({reason}): name another file") from error
+        what = "make room and run the same command again" if error.errno in NO_SPACE else "name another file"
+        raise InputError(f"the contact sheet {file} cannot be written ({reason}): {what}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import PIL.Image
 import pytest
 from huggingface_hub import constants
 
+from gkd_hf.data import preview
 from gkd_hf.data.custom_layout import read_classes, read_id_map
 from gkd_hf.data.prepare import prepare, verify
 from gkd_hf.data.shards import count_rows, open_rows
@@ -163,6 +165,43 @@ def test_classes_and_maps_are_read_from_files_too(tmp_path: Path) -> None:
     for wrong in ("7", "7:a", str(tmp_path / "map.json")):
         with pytest.raises(InputError):
             read_id_map(wrong)
+
+
+def test_missing_files_marks_and_repeated_ids(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfroad\nsky\n")
+    assert read_classes(str(tmp_path / "classes.txt")) == ["road", "sky"]
+    with pytest.raises(InputError, match="there is no file '.*none.txt'"):
+        read_classes(str(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match="there is no file 'map.json'"):
+        read_id_map("map.json")
+    map_file = tmp_path / "map.json"
+    for text in ('{"7": 0, "8": 1, "7": 1}', "7:0,8:1,7:1"):
+        map_file.write_text(text)
+        with pytest.raises(InputError, match="stored id 7 is listed twice"):
+            read_id_map(str(map_file) if text.startswith("{") else text)
+    for text in ('{"7": 0.9}', '{"7": true}', '{"7": "0"}', "[7, 8]", "3", '{"7": {"8": 1}}'):
+        map_file.write_text(text)
+        with pytest.raises(InputError, match="give stored:train ids"):
+            read_id_map(str(map_file))
+
+
+def test_a_full_disk_under_the_contact_sheet_asks_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preview, "whole_file", full)
+    with pytest.raises(InputError, match="No space left on device.: make room and run the same command again"):
+        preview.save_sheet(PIL.Image.new("RGB", (4, 4)), tmp_path / "contact.png")
+
+
+def test_shards_are_not_written_among_the_images(
+    main: Callable[..., int], raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "images" / "folder.png").mkdir()  # only files are images
+    for out in (raw / "images", raw / "images" / "out", raw / "masks" / ".." / "images"):
+        assert main("custom", "--root", raw, "--out", out, *CUSTOM) == 2
+        assert "choose one outside of the raw data" in capsys.readouterr().err
+    assert main("custom", "--root", raw, "--out", raw / "out", *CUSTOM) == 0
 
 
 def test_bad_samples_are_told(
