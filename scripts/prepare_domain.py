@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     own["revision"] = arguments.revision
     splits = arguments.splits and [name.strip() for name in arguments.splits.split(",")]
     wanted = arguments.contact is not None or (arguments.root and is_custom(arguments.domain or ""))
-    contact = contact_file(out, arguments.contact) if wanted else None
+    contact = contact_file(out, arguments.contact, made=arguments.root is not None) if wanted else None
     if arguments.root is not None:
         if arguments.domain is None:
             raise InputError("no domain is named: give one before --root, such as cityscapes or custom")

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 for wrong input."""
+    """Return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = parse(argv)
     from gkd_hf.errors import InputError
     from gkd_hf.training.recipe_file import load_recipe
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
             run(recipe)
             end_process_group()
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -133,7 +133,7 @@ def _samples(layout: RawLayout, root: Path, splits: Sequence[str] | None) -> dic
     try:
         return {split: layout.samples(root, split) for split in wanted}
     except InputError as error:
-        if splits or len(wanted) == 1:
+        if splits or len(wanted) == 1 or "holds no " not in str(error):
             raise
         raise InputError(
             f"{error}. All of {', '.join(wanted)} are wanted: name those that are there (--splits) to leave out others"

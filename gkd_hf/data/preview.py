@@ -100,11 +100,15 @@ def _space(manifest: Manifest) -> LabelSpace:
     return own_label_space(manifest.classes)
 
 
-def contact_file(out: str | os.PathLike, given: str | None) -> Path:
-    """Where a sheet is drawn: ``given``, or else in the folder ``out``, or here where that is a Hub id."""
+def contact_file(out: str | os.PathLike, given: str | None, *, made: bool) -> Path:
+    """Where a sheet is drawn: ``given``, or else in ``out``, or here where that is a Hub id.
+
+    Args:
+        out: the folder that is ``made``; if none is, what is looked at, a folder or a Hub id.
+    """
     if given:
         return Path(given).expanduser()
-    return Path(CONTACT) if is_hub_id(os.fspath(out)) and not Path(out).is_dir() else Path(out).expanduser() / CONTACT
+    return Path(CONTACT) if not made and is_hub_id(os.fspath(out)) else Path(out).expanduser() / CONTACT
 
 
 def save_sheet(sheet: PIL.Image.Image, file: str | os.PathLike) -> None:

@@ -118,10 +118,11 @@ def test_the_colours_are_the_domains_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_where_a_sheet_goes(tmp_path: Path) -> None:
-    assert contact_file(tmp_path, "") == tmp_path / "contact.png"
-    assert contact_file(tmp_path, "x.png") == Path("x.png")
-    assert contact_file("org/name", "") == Path("contact.png")
-    assert contact_file(tmp_path / "new/folder", None) == tmp_path / "new/folder/contact.png"
+    assert contact_file(tmp_path, "", made=True) == tmp_path / "contact.png"
+    assert contact_file(tmp_path, "x.png", made=True) == Path("x.png")
+    assert contact_file("org/name", "", made=False) == Path("contact.png")
+    assert contact_file("data/mine", "", made=True) == Path("data/mine/contact.png")  # which might be a Hub id
+    assert contact_file(tmp_path / "new/folder", None, made=True) == tmp_path / "new/folder/contact.png"
     told = refusal(preview.save_sheet, PIL.Image.new("RGB", (2, 2)), tmp_path / "none/contact.png")
     assert "cannot be written (No such file or directory)" in told
 
