@@ -103,16 +103,3 @@ def test_killed_in_every_stage_and_bit_equal(tmp_path: Path) -> None:
         assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
     reports = [(folder / "report.json").read_text().replace(str(folder), "OUT") for folder in (whole, broken)]
     assert reports[0] == reports[1]
-
-
-def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
-    process = start(write_recipe(tmp_path), tmp_path / "out")
-    deadline = time.monotonic() + 120
-    while last_complete_checkpoint(tmp_path / "out" / "stages" / STAGES[0]) is None:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted: the same command goes on from the last checkpoint" in output
-    assert "Traceback" not in output
