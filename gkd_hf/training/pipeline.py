@@ -264,7 +264,7 @@ class Pipeline:
         steps = train_steps(self.data, title, stage)
         what = "finished before" if folder.finished else f"{steps} steps of {stage.batch_size} × {stage.data}"
         if self.state.is_main_process:
-            print(f"[{title}] {what}", flush=True)
+            print(f"[{title}] {what}{'' if folder.finished else folder.standing()}", flush=True)
             if not folder.finished:
                 folder.begin()
         self.state.wait_for_everyone()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_hf.errors import InputError
+from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
 
 # They change how a run goes, not what comes out of it, so they may differ when it is continued.
 FREE_SETTINGS = (
@@ -71,6 +72,14 @@ class StageFolder:
     def heads(self) -> Path:
         """Where the heads of a label-free stage are."""
         return self.path / "heads.safetensors"
+
+    def standing(self) -> str:
+        """Where a stage that was begun before goes on, as words to add; "" for one that begins now."""
+        checkpoint = last_complete_checkpoint(self.path)
+        if checkpoint is not None:
+            return f", going on from step {checkpoint_step(checkpoint)}"
+        begun = (self.path / "settings.json").is_file()
+        return ", from the start: it was interrupted before its first checkpoint" if begun else ""
 
     def begin(self) -> None:
         """Record the settings."""

@@ -93,6 +93,7 @@ def test_killed_in_every_stage_and_bit_equal(tmp_path: Path) -> None:
     }
     output = finish(start(recipe, broken))
     assert "[task_agnostic] finished before" in output and "[domain_agnostic] finished before" in output
+    assert f"[task] {STEPS} steps of 4 × toy_city, going on from step {step}" in output
     for stage, changed in times.items():
         assert (broken / "stages" / stage / "model" / "model.safetensors").stat().st_mtime_ns == changed
     finish(undisturbed)

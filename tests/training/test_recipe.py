@@ -233,7 +233,9 @@ def test_stage_folder_names_the_setting_that_changed(tmp_path: Path) -> None:
 
 def test_stage_is_finished_only_once_its_model_is_whole(tmp_path: Path) -> None:
     folder = StageFolder(tmp_path, {})
+    assert folder.standing() == ""
     folder.begin()
+    assert "before its first checkpoint" in folder.standing()
 
     def fails(place: Path) -> None:
         (place / "half").write_text("x")
