@@ -31,7 +31,7 @@ import torch
 from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.loader_benchmark import LoaderSettings, measure, rendered, tiled, write_pairs
 from gkd_hf.data.toy_city import CLASSES
-from gkd_hf.errors import InputError
+from gkd_hf.errors import InputError, refused
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_pairs(pairs, folder)
                 result = measure(folder, "train", labels, settings)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refused(error)
     print(json.dumps(result))
     return 0
 

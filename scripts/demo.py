@@ -50,7 +50,7 @@ def pictures(folder: str) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for wrong input."""
     arguments = parse(argv)
-    from gkd_hf.errors import InputError
+    from gkd_hf.errors import InputError, refused
     from gkd_hf.hub.space import load_segmenters, push_space, toy_examples
 
     trust = arguments.trust_remote_code
@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             except OSError as error:
                 raise InputError(f"cannot serve on port {arguments.port}, choose another with --port") from error
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for wrong input."""
     arguments = parse(argv)
-    from gkd_hf.errors import InputError
+    from gkd_hf.errors import InputError, refused
     from gkd_hf.hub.onnx import export_onnx, onnx_usage
 
     try:
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             tolerance=arguments.tolerance,
         )
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     print(f"{exported.file}: {exported.file.stat().st_size / 1e6:.1f} MB, opset {exported.opset}")
     print(f"{len(exported.labels)} classes: {', '.join(exported.labels)}")
     print("largest difference to PyTorch:")

@@ -102,15 +102,14 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 2 where something is wrong, 130 after Ctrl-C."""
     arguments = parse(argv)
     try:
-        from gkd_hf.errors import InputError
+        from gkd_hf.errors import InputError, refused
 
         run(arguments)
     except KeyboardInterrupt:  # before the other, which may not be imported yet
         print("interrupted: run the same command again to go on", file=sys.stderr)
         return 130
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 where the push failed."""
     arguments = parse(argv)
-    from gkd_hf.errors import InputError
+    from gkd_hf.errors import InputError, refused
     from gkd_hf.hub.push import push_run
 
     private = False if arguments.public else True if arguments.private else None
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         for url in push_run(arguments.run_dir, arguments.repo_id, private=private):
             print(url)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="finished runs, in folders called like their recipes")
     runs = {path.resolve().name: path for path in parser.parse_args(argv).runs}
-    from gkd_hf.errors import InputError
+    from gkd_hf.errors import InputError, refused
     from gkd_hf.hub.push import check_finished, run_settings
 
     try:
@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             elif not path.is_file() or "model-index:" not in path.read_text(encoding="utf-8"):
                 path.write_text(recipe_card(recipe), encoding="utf-8")
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 

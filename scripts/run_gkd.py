@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = parse(argv)
-    from gkd_hf.errors import InputError
+    from gkd_hf.errors import InputError, refused
     from gkd_hf.training.recipe_file import load_recipe
 
     try:
@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(error)
     return 0
 
 
