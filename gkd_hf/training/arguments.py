@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from gkd_hf.errors import InputError, nearest
 
 OBJECTIVES = ("qsd", "mse")
+TEACHER_SHARDINGS = ("auto", "always", "never")
 PUSH_REFUSED = (
     "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out and call "
     "trainer.push_to_hub() after trainer.train(), for the finished model and its card"
@@ -43,6 +44,9 @@ class StageArguments(TrainingArguments):
     sync_batch_norm: bool = field(
         default=False, metadata={"help": "Share batch statistics between processes (CUDA only)."}
     )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Keep a moving average of the weights, which is what training gives."}
+    )
 
     def __post_init__(self) -> None:
         if self.push_to_hub:
@@ -52,6 +56,8 @@ class StageArguments(TrainingArguments):
                 "hub_token would be written into every checkpoint: leave it out, and log in with `hf auth login`, set "
                 "HF_TOKEN, or call trainer.push_to_hub(token=…)"
             )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie between 0 and 1, both excluded, got {self.ema_decay}")
         super().__post_init__()
         if self.device.type == "cuda":
             # One process drives one GPU: torch's DataParallel would cut batches away from their masks.
@@ -81,6 +87,8 @@ class GKDDistillationArguments(StageArguments):
             Students from random weights need it: see ``attention_scale``.
         attention_scale: factor on the attention logits. The paper has none, which makes a random student's attention
             nearly one-hot from the first step.
+        teacher_sharding: "always" or "never" share the teacher's weights out to the processes; "auto": from 500
+            million parameters on.
         sync_batch_norm: share batch statistics between processes (CUDA only).
 
     Raises:
@@ -98,11 +106,16 @@ class GKDDistillationArguments(StageArguments):
     patch_weight: float = field(default=1.0, metadata={"help": "Weight of the masked patch loss."})
     query_warmup_steps: int = field(default=0, metadata={"help": "Steps with the query branches off."})
     attention_scale: float = field(default=1.0, metadata={"help": "Factor on the attention logits."})
+    teacher_sharding: str = field(default="auto", metadata={"help": "Share the teacher out: auto, always or never."})
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             hint = nearest(self.objective, OBJECTIVES)
             raise InputError(f"unknown objective '{self.objective}'{hint} (there are: {', '.join(OBJECTIVES)})")
+        if self.teacher_sharding not in TEACHER_SHARDINGS:
+            raise InputError(
+                f"unknown teacher_sharding '{self.teacher_sharding}' (there are: {', '.join(TEACHER_SHARDINGS)})"
+            )
         if not 0 <= self.mask_probability <= 1:
             raise InputError(f"mask_probability must lie in [0, 1], got {self.mask_probability}")
         if not 0 <= self.mask_ratio < 1:
@@ -120,7 +133,9 @@ class GKDDistillationArguments(StageArguments):
         super().__post_init__()
         self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
+            floor = min(self.min_learning_rate, self.learning_rate)
+            # As a rate: for the number itself transformers asks the optimiser, which an engine may have wrapped.
+            self.lr_scheduler_kwargs = {"min_lr_rate": floor / self.learning_rate}
 
 
 @dataclass

@@ -97,10 +97,10 @@ def resolved_commits(recipe: Recipe) -> dict[str, str]:
 
 
 def same_settings(report: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether a report is of this recipe; where the result is published makes no difference."""
+    """Whether a report is of this recipe; where it is published and how long processes wait makes no difference."""
     wanted = json.loads(json.dumps(recipe.as_dict()))
-    return _without_hub(report.get("settings", {})) == _without_hub(wanted)
+    return _of_the_result(report.get("settings", {})) == _of_the_result(wanted)
 
 
-def _without_hub(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "hub"}
+def _of_the_result(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in ("hub", "timeout_minutes")}

@@ -190,6 +190,8 @@ class GKDDistillationTrainer(StreamTrainer):
         elif step == self.args.query_warmup_steps:
             # Also after a restart at this very step; repeating it within the step's micro batches changes nothing.
             self.objective.start_query_from_value()
+            if self.average is not None:
+                self.average.restart(("objective.patch.query.", "objective.feature.query."))
         else:
             self.objective.set_query_enabled(True)
 

@@ -38,23 +38,11 @@ from gkd_hf.training.artefacts import resolved_commits, same_settings, write_enc
 from gkd_hf.training.checks import check_grids, check_output_dir, lock_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.progress import bars_are_seen, duration
-from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe, TaskRecipe
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
 from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
+from gkd_hf.training.stage_arguments import device_batch, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
-
-OBJECTIVES = dict(zip(METHODS, ("qsd", "mse"), strict=True))
-COPIED_SETTINGS = ("weight_decay", "gradient_accumulation_steps", "sync_batch_norm", "save_steps", "logging_steps")
-DISTILLATION_SETTINGS = (
-    "min_learning_rate",
-    "mask_probability",
-    "mask_ratio",
-    "token_weight",
-    "feature_weight",
-    "patch_weight",
-    "query_warmup_steps",
-    "attention_scale",
-)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -146,7 +134,7 @@ class Pipeline:
         """
         student = teacher = None
         for name, stage in self.recipe.stages:
-            self._device_batch(name, stage)
+            device_batch(name, stage, self.state.num_processes)
             train_steps(self.data, name, stage)
             try:
                 self._stage_arguments(name, stage)
@@ -231,15 +219,23 @@ class Pipeline:
         trainer.save_model(str(place))
 
     def _learn_task(self, name: str, previous: StageFolder | None) -> GKDSegmentationTrainer:
-        """Train, or load, the segmenter of the task stage or of a baseline, ready to be evaluated."""
+        """Train the segmenter of the task stage or of a baseline, unless that is done; return what evaluates it."""
         stage, folder, baseline = self.recipe.stages.task, self.folders[name], name != "task"
         title = f"baseline {name}" if baseline else name
         untrained = self._begin(folder, title, stage)
         set_seed(self.recipe.seed)
         if untrained:
             model = self._new_segmenter(self._student_after(previous, stage), stage)
-        else:
-            model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
+            trainer = self._segmentation_trainer(name, title, model)
+            self._train(trainer, folder, model.save_pretrained)
+        # What is measured is what was saved, whether it has just been trained or not.
+        model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
+        return self._segmentation_trainer(name, title, model)
+
+    def _segmentation_trainer(
+        self, name: str, title: str, model: GKDStudentForSemanticSegmentation
+    ) -> GKDSegmentationTrainer:
+        stage = self.recipe.stages.task
         arguments = self._stage_arguments(name, stage)
         mean, std = model.config.image_mean, model.config.image_std
         size = stage.image_size
@@ -254,10 +250,7 @@ class Pipeline:
         )
         stream = self.data.stream(stage, transform, arguments.per_device_train_batch_size)
         sets = {domain: self.data.evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
-        trainer = GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
-        if untrained:
-            self._train(trainer, folder, model.save_pretrained)
-        return trainer
+        return GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
 
     def _begin(self, folder: StageFolder, title: str, stage: StageRecipe) -> bool:
         """Say what comes, and return whether there is anything left to train."""
@@ -313,57 +306,9 @@ class Pipeline:
             norm_feature_maps=stage.norm_feature_maps,
         )
 
-    def _device_batch(self, name: str, stage: StageRecipe) -> int:
-        share = self.state.num_processes * stage.gradient_accumulation_steps
-        if stage.batch_size % share:
-            raise InputError(
-                f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {self.state.num_processes} "
-                f"process(es) × {stage.gradient_accumulation_steps} accumulation step(s): choose a multiple of {share}"
-            )
-        return stage.batch_size // share
-
     def _stage_arguments(self, name: str, stage: StageRecipe) -> GKDDistillationArguments | GKDSegmentationArguments:
-        """The trainer's arguments of a stage or baseline; raises `InputError` for values that do not go together."""
-        if isinstance(stage, DistillationRecipe):
-            settings = {key: getattr(stage, key) for key in DISTILLATION_SETTINGS}
-            if self.recipe.method != "gkd":
-                settings["query_warmup_steps"] = 0  # the other heads have no query branch to warm up
-            objective = OBJECTIVES[self.recipe.method]
-            return self._arguments(
-                GKDDistillationArguments,
-                name,
-                stage,
-                learning_rate=stage.learning_rate,
-                objective=objective,
-                **settings,
-            )
-        frozen = name == "task"
-        learning_rate = None if frozen else stage.baseline_learning_rate
-        return self._arguments(
-            GKDSegmentationArguments,
-            name,
-            stage,
-            learning_rate=learning_rate or stage.learning_rate,
-            freeze_encoder=frozen,
-            encoder_learning_rate=None if frozen else stage.baseline_encoder_learning_rate,
-            window=stage.window,
-            stride=stage.stride,
-            window_batch_size=stage.window_batch_size,
-            per_device_eval_batch_size=stage.window_batch_size,
-        )
-
-    def _arguments(self, kind: type, name: str, stage: StageRecipe, **settings: Any) -> Any:
-        bf16 = stage.precision == "bf16" or (stage.precision == "auto" and torch.cuda.is_available())
-        return kind(
-            output_dir=str(self.folders[name].path),
-            max_steps=train_steps(self.data, name, stage),
-            per_device_train_batch_size=self._device_batch(name, stage),
-            dataloader_num_workers=stage.workers,
-            bf16=bf16,
-            seed=self.recipe.seed,
-            **{key: getattr(stage, key) for key in COPIED_SETTINGS},
-            **settings,
-        )
+        steps, processes = train_steps(self.data, name, stage), self.state.num_processes
+        return stage_arguments(self.recipe, name, stage, self.folders[name].path, steps, processes)
 
     # -- results ------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class TeacherRecipe:
     name: str = MISSING
     geometry: str = "native"
     revision: str | None = None  # as the student's
+    sharding: str = "auto"  # over the processes: always, never, or auto: from 500 million parameters on
 
 
 @dataclass
@@ -60,6 +61,9 @@ class StageRecipe:
     gradient_accumulation_steps: int = 1
     sync_batch_norm: bool = False
     precision: str = "auto"  # bf16 on a GPU, fp32 elsewhere
+    compile: bool = False  # torch.compile of what is trained, and of the teacher
+    activation_checkpointing: bool = False  # recompute the student's activations in the backward pass: less memory
+    ema_decay: float | None = None  # give the moving average of the weights; None: the last ones
     save_steps: int = 1000
     logging_steps: int = 50
     workers: int = 2
@@ -179,6 +183,7 @@ class Recipe:
     hub: HubRecipe = field(default_factory=HubRecipe)
     output_dir: str = MISSING
     seed: int = 0
+    timeout_minutes: float = 30  # how long processes wait for one that does not answer
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as written to recipe.yaml and the report."""

@@ -17,6 +17,7 @@ from gkd_hf.errors import InputError, nearest
 from gkd_hf.hub.model_card import segmenter_repo
 from gkd_hf.models.configuration_gkd import DECODE_HEADS
 from gkd_hf.teacher import GEOMETRIES
+from gkd_hf.training.arguments import TEACHER_SHARDINGS
 from gkd_hf.training.recipe import (
     BASELINES,
     MAX_SEED,
@@ -70,6 +71,7 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         raise InputError(f"{origin}: no stage is given (task_agnostic, domain_agnostic, task)")
     if recipe.teacher is not None:
         one_of("teacher.geometry", recipe.teacher.geometry, GEOMETRIES)
+        one_of("teacher.sharding", recipe.teacher.sharding, TEACHER_SHARDINGS)
     elif any(recipe.stages.distillation()):
         raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
     if recipe.stages.task is None and (recipe.evaluate or recipe.baselines):
@@ -79,6 +81,8 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
     _check_numbers("data.toy_city", recipe.data.toy_city, origin)
     if not 0 <= recipe.seed <= MAX_SEED:
         raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
+    if not 0 < recipe.timeout_minutes < math.inf:
+        raise InputError(f"{origin}: timeout_minutes is {recipe.timeout_minutes}: it must be more than 0 and finite")
 
 
 def _check_hub(recipe: Recipe, origin: str) -> None:
@@ -187,7 +191,9 @@ def _check_numbers(key: str, section: Any, origin: str) -> None:
     for name, value in dataclasses.asdict(section).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if name in _FRACTIONS:
+        if name == "ema_decay":
+            valid, wanted = 0 < value < 1, "between 0 and 1, both excluded"
+        elif name in _FRACTIONS:
             valid, wanted = 0 <= value <= 1, "between 0 and 1"
         elif name in _AT_LEAST_ZERO:
             valid, wanted = value >= 0, "0 or more"

@@ -146,7 +146,8 @@ class GKDSegmentationTrainer(StreamTrainer):
             examples: images kept for the report's figure, per domain.
         """
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        return {name: self._evaluate_domain(name, images, examples) for name, images in sets.items()}
+        with self.averaged():
+            return {name: self._evaluate_domain(name, images, examples) for name, images in sets.items()}
 
     @torch.no_grad()
     def _evaluate_domain(self, name: str, images: EvaluationSet, examples: int) -> DomainResult:

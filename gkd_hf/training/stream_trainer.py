@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +28,7 @@ from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoin
 from gkd_hf.training.progress import stage_progress
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
+from gkd_hf.training.weight_average import WeightAverage
 
 
 class NonFiniteLossError(InputError):
@@ -69,6 +71,10 @@ class StreamTrainer(Trainer, ABC):
             self.remove_callback(ProgressCallback)
             self.add_callback(stage_progress(title))
         self.title = title
+        self.average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            self.average = WeightAverage(model, args.ema_decay)
+            self.add_callback(self.average)
         self.recorder = StageRecorder()
         self.add_callback(self.recorder)
         self._start_step = 0
@@ -137,7 +143,7 @@ class StreamTrainer(Trainer, ABC):
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train to ``max_steps``.
+        """Train to ``max_steps``. With ``ema_decay`` the model then holds the average of its weights.
 
         Args:
             resume_from_checkpoint: a checkpoint, or True for the last complete one of the output folder, if any.
@@ -156,12 +162,35 @@ class StreamTrainer(Trainer, ABC):
             for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
                 path.unlink()
         self._skipped = None
+        if self.average is not None:
+            self.average.forget()
         if checkpoint and 0 < self.args.max_steps <= self._start_step:
             # Killed between its last checkpoint and the end: Trainer would train one more step.
             self._load_from_checkpoint(checkpoint)
+            if self.average is not None:
+                self.average.load(checkpoint)
             self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            return TrainOutput(self._start_step, 0.0, {})
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            output = TrainOutput(self._start_step, 0.0, {})
+        else:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.average is not None:
+            self.average.give()
+            self.average.forget()
+        return output
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """In this context the model is what training would give if it ended here."""
+        return self.average.given() if self.average is not None else nullcontext()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(output_dir, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(checkpoint)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
