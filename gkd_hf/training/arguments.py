@@ -133,9 +133,7 @@ class GKDDistillationArguments(StageArguments):
         super().__post_init__()
         self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
-            floor = min(self.min_learning_rate, self.learning_rate)
-            # As a rate: for the number itself transformers asks the optimiser, which an engine may have wrapped.
-            self.lr_scheduler_kwargs = {"min_lr_rate": floor / self.learning_rate}
+            self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
 
 
 @dataclass

@@ -192,6 +192,16 @@ class StreamTrainer(Trainer, ABC):
         if self.average is not None and checkpoint is not None:
             self.average.load(checkpoint)
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule as `Trainer` does, also of an optimiser that DeepSpeed has wrapped."""
+        if optimizer is None and self.is_deepspeed_enabled:
+            # Schedules with a floor ask for the first learning rate, which DeepSpeed's wrapper does not pass on.
+            wrapper = self.optimizer.optimizer
+            wrapper.defaults = wrapper.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
