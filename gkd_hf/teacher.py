@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
@@ -15,12 +17,14 @@ from gkd_hf.models.encoders import EncoderOutput, adapter_for, resample_geometry
 from gkd_hf.models.loading import load_encoder
 
 GEOMETRIES = ("native", "resample_patch_embed")
+LARGE = 500_000_000  # parameters from which on sharding pays: in bf16 they are a gigabyte on every device
 
 
 class GKDTeacher(nn.Module):
     """A frozen encoder that gives class and patch tokens after its final norm.
 
-    It never trains, never enters train mode, and belongs to no checkpoint: trainers hold it beside their model.
+    It never trains, never enters train mode, and belongs to no checkpoint: trainers hold it beside their model. Its
+    weights may be bf16 (`halve`) and shared out to the processes (`shard`).
 
     Args:
         source: a Hub id, a folder, a configuration, or a mapping with ``model_type`` and the configuration's fields.
@@ -50,6 +54,7 @@ class GKDTeacher(nn.Module):
         self.encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
         self.adapter = adapter_for(self.encoder.config)
         self._original = (self.encoder,)  # in a tuple, so that it is no sub-module
+        self._precision = torch.float32
         if geometry == "resample_patch_embed" and not self.adapter.fixed_grid:
             raise InputError(
                 "teacher geometry resample_patch_embed needs patch kernels and positions to resample, "
@@ -74,6 +79,47 @@ class GKDTeacher(nn.Module):
         cells = max(1, round(image_size / self.adapter.stride))
         return cells, cells
 
+    @property
+    def large(self) -> bool:
+        """Whether it is so large that several processes had better share it."""
+        return sum(parameter.numel() for parameter in self.encoder.parameters()) >= LARGE
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return isinstance(self, FSDPModule)
+
+    def halve(self) -> None:
+        """Keep the weights in bf16, for training in bf16; batch norms, whose statistics it would spoil, in fp32."""
+        if self.sharded:
+            raise InputError("a sharded teacher keeps its precision: halve it before it is sharded")
+        self._precision = torch.bfloat16
+        for encoder in dict.fromkeys((*self._original, self.encoder)):
+            for module in encoder.modules():
+                if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.data.to(self._precision)
+
+    def shard(self, mesh: DeviceMesh | None = None) -> None:
+        """Share the weights out over the processes, layer by layer; a layer is whole only while it computes.
+
+        From here on the geometry is fixed and a forward is a collective: every process must take part in each. The
+        weights may still be in the host's memory; each process moves one layer at a time to the mesh's device and
+        keeps its part, so that the whole teacher is never on one device.
+
+        Args:
+            mesh: of one dimension; None takes all processes on the default device.
+        """
+        if self.sharded:
+            return
+        self._original = ()  # it would keep all weights alive
+        layers = self.adapter.sharded_layers(self.encoder)
+        settings: dict[str, Any] = {"reshard_after_forward": True} | ({"mesh": mesh} if mesh is not None else {})
+        for module in reversed(list(self.encoder.modules())):  # inner layers before those around them
+            if type(module).__name__ in layers:
+                fully_shard(module, **settings)
+        fully_shard(self, **settings)
+
     def fit_geometry(self, image_size: int, grid: tuple[int, int]) -> None:
         """Prepare for square student images of ``image_size`` pixels whose tokens lie on ``grid``.
 
@@ -92,6 +138,11 @@ class GKDTeacher(nn.Module):
         patch_size = image_size // grid[0]
         if (self.encoder.config.image_size, self.adapter.stride) == (image_size, patch_size):
             return
+        if self.sharded:
+            raise InputError(
+                f"the teacher was sharded for images of {self.encoder.config.image_size} pixels and cannot be "
+                f"resampled to {image_size} any more: give images of one size, or set teacher_sharding to never"
+            )
         # Always from the original: what was resampled before has lost detail.
         original = self._original[0].to(self.image_mean.device)
         self.encoder = resample_geometry(original, image_size, patch_size)
@@ -117,7 +168,7 @@ class GKDTeacher(nn.Module):
         size = (grid[0] * self.adapter.stride, grid[1] * self.adapter.stride)
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
-        output = self.adapter.forward(self.encoder, pixels)
+        output = self.adapter.forward(self.encoder, pixels.to(self._precision))
         if output.grid != tuple(grid):
             raise InputError(f"the teacher's tokens lie on a {output.grid} grid, the student's on {tuple(grid)}")
         return output

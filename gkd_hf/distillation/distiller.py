@@ -29,6 +29,7 @@ class GKDDistiller(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self._no_split_modules = student._no_split_modules  # the heads are sharded with what is left
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Recompute the student's activations in the backward pass, as `TrainingArguments` can ask for."""
@@ -42,7 +43,7 @@ class GKDDistiller(nn.Module):
         grid: tuple[int, int],
         mask_rows: torch.Tensor,
         masks: torch.Tensor,
-        return_tokens: bool = False,
+        attention: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses of a batch of B images.
 
@@ -50,10 +51,11 @@ class GKDDistiller(nn.Module):
             pixel_values: B×3×H×W. teacher_patches: B×N×C_t. teacher_cls: B×C_t.
             grid: (h, w) of the teacher's patches, h·w = N; a CNN's map is resampled to it.
             mask_rows: M ≤ B places of the samples to mask. masks: M×N, True where a patch is hidden.
-            return_tokens: also return the student's tokens under ``student_patches``.
+            attention: also look at the attention of the first two samples. Here and not later, because sharded
+                heads have their weights only while the forward lasts.
 
         Returns:
-            The objective's named losses.
+            The objective's named losses, and what `QuerySoftDistillation.attention_statistics` returns if asked for.
         """
         whole = self.student(pixel_values)
         patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
@@ -70,4 +72,6 @@ class GKDDistiller(nn.Module):
             teacher_patches=teacher_patches,
             teacher_cls=teacher_cls,
         )
-        return losses | {"student_patches": patches.detach()} if return_tokens else losses
+        if attention:
+            losses |= self.objective.feature.attention_statistics(patches[:2], teacher_patches[:2])
+        return losses

@@ -38,6 +38,8 @@ class EncoderAdapter(ABC):
         fixed_grid: whether positions are learned for a grid, so that geometry has to be resampled when it changes.
         whole_patches: whether an image has to cut into whole patches; plain convolutions take any size.
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
+        layer_classes: classes of the layers that are cut over processes one by one, where transformers names none or
+            such small ones that they would travel singly.
     """
 
     model_class: type[PreTrainedModel]
@@ -45,6 +47,7 @@ class EncoderAdapter(ABC):
     fixed_grid = False
     whole_patches = False
     norm_epsilon: float | None = None
+    layer_classes: tuple[str, ...] = ()
     constructor: dict[str, bool] = {}
 
     def __init__(self, config: PreTrainedConfig):
@@ -73,6 +76,11 @@ class EncoderAdapter(ABC):
     def build(self) -> PreTrainedModel:
         """Return the model with random weights."""
         return self.model_class(self.config, **self.constructor)
+
+    def sharded_layers(self, model: PreTrainedModel) -> set[str]:
+        """Return the names of the classes in ``model`` whose modules are sharded as one each."""
+        wanted = set(self.layer_classes or self.model_class._no_split_modules or ())
+        return wanted & {type(module).__name__ for module in model.modules()}
 
     @abstractmethod
     def forward(

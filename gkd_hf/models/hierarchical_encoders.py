@@ -75,6 +75,7 @@ class ResNetAdapter(_StagedAdapter):
     """ResNet with any number of stages."""
 
     model_class = ResNetModel
+    layer_classes = ("ResNetStage",)
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -101,6 +102,7 @@ class MobileNetV2Adapter(_ConvolutionalAdapter):
 
     model_class = MobileNetV2Model
     constructor = {"add_pooling_layer": False}
+    layer_classes = ("MobileNetV2InvertedResidual",)
     map_blocks = (1, 4, 11)
     block_channels = (24, 32, 96)
 

@@ -51,6 +51,16 @@ class GKDStudentPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
 
+    def get_input_embeddings(self) -> None:
+        """Pixels have no table of embeddings; Accelerate asks for it when it shards."""
+        return None
+
+    def check_activation_checkpointing(self) -> None:
+        """Raise `InputError` if nothing that is trained here can compute its activations a second time."""
+        if not _recomputable(self):
+            kind = self.config.encoder_config.model_type
+            raise InputError(f"activation_checkpointing is not possible with a {kind}: leave it out")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # The encoder and transformers' own heads are PreTrainedModels and initialise themselves.
@@ -76,6 +86,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         # 0 is the mean colour of normalised pixels.
         self.mask_pixel = None if self.adapter.native_mask else nn.Parameter(torch.zeros(1, 3, 1, 1))
         self.post_init()
+        self._no_split_modules = self.adapter.sharded_layers(self.encoder)
 
     @classmethod
     def from_encoder(
@@ -132,6 +143,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         self.encoder = encoder
         self.config.encoder_config = encoder.config
         self.adapter = adapter_for(encoder.config)
+        self._no_split_modules = self.adapter.sharded_layers(encoder)
 
     def forward(
         self,
@@ -186,6 +198,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         )
         self.encoder_frozen = False
         self.post_init()
+        self._no_split_modules = self.student._no_split_modules  # the head is sharded with what is left
 
     @classmethod
     def from_student(
@@ -220,6 +233,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         )
         segmenter = cls(config)
         segmenter.student = student
+        segmenter._no_split_modules = student._no_split_modules
         student.config = config
         return segmenter
 
@@ -230,6 +244,17 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         if not frozen and self.student.mask_pixel is not None:
             self.student.mask_pixel.requires_grad_(False)  # only masked views use it
         self.train(self.training)
+
+    def check_activation_checkpointing(self) -> None:
+        """See above; a frozen encoder keeps no activations, so only the decode head counts then."""
+        if not self.encoder_frozen:
+            super().check_activation_checkpointing()
+        elif not _recomputable(self.decode_head):
+            head = self.config.decode_head["type"]
+            raise InputError(
+                f"activation_checkpointing has nothing to save: the encoder is frozen, and decode_head {head} has no "
+                "layers to compute again; leave it out"
+            )
 
     def train(self, mode: bool = True) -> GKDStudentForSemanticSegmentation:
         """Set training mode, but leave a frozen encoder in eval mode."""
@@ -268,6 +293,11 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
             logits = logits[..., :height, :width]
         return GKDSegmenterOutput(loss=head.loss, logits=logits, loss_terms=head.terms or None)
+
+
+def _recomputable(module: nn.Module) -> bool:
+    # how transformers marks the layers that can
+    return any(hasattr(layer, "gradient_checkpointing") for layer in module.modules())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import TrainerCallback
 
 from gkd_hf.data.streaming import SampleStream, collate
@@ -23,10 +24,12 @@ from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 from gkd_hf.training.artefacts import write_encoder
+from gkd_hf.training.sharding import under, whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 logger = logging.getLogger(__name__)
 
+ATTENTION_STATISTICS = ("attention_entropy", "self_weight", "logit_std")
 COLLAPSE_LOGS = 3  # consecutive logs with the self weight near chance before a warning
 
 
@@ -70,7 +73,8 @@ class GKDDistillationTrainer(StreamTrainer):
 
     Args:
         student: the model to distil.
-        teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder).
+        teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder). Training in bf16 makes its weights
+            bf16; ``args.teacher_sharding`` shares them out to the processes at the first batch.
         args: the paper's recipe by default; ``max_steps`` must be set for a stream.
         train_dataset: a `SampleStream`, whose uint8 pixels are normalised (and erased) on the device, or any data set
             of ``pixel_values`` 3×H×W in the student's normalisation.
@@ -120,7 +124,12 @@ class GKDDistillationTrainer(StreamTrainer):
             callbacks=callbacks,
             title=title,
         )
-        self.teacher.to(args.device)
+        wanted = {"auto": self.teacher.large, "always": True, "never": False}[args.teacher_sharding]
+        self._share_teacher = wanted and args.world_size > 1
+        if args.bf16 and not self.teacher.sharded:
+            self.teacher.halve()
+        if not self._share_teacher:
+            self.teacher.to(args.device)
         self.student_mean = torch.tensor(student.config.image_mean, device=args.device).view(1, 3, 1, 1)
         self.student_std = torch.tensor(student.config.image_std, device=args.device).view(1, 3, 1, 1)
         self._near_chance = 0
@@ -153,6 +162,8 @@ class GKDDistillationTrainer(StreamTrainer):
     def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> EncoderOutput:
         """Return the teacher's tokens of the student's pixels B×3×H×W on an h×w grid."""
         self.teacher.fit_geometry(pixel_values.shape[-1], grid)
+        if self._share_teacher and not self.teacher.sharded:  # only now, because it cannot be resampled afterwards
+            self.teacher.shard(init_device_mesh(self.args.device.type, (self.args.world_size,)))
         with self.accelerator.autocast():
             return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
 
@@ -171,11 +182,13 @@ class GKDDistillationTrainer(StreamTrainer):
         grid = tuple(inputs["grid"])
         taught = self.teach(pixel_values, grid)
         look = self._attention_is_logged()
-        losses = model(
-            pixel_values, taught.patches, taught.cls, grid, inputs["mask_rows"], inputs["masks"], return_tokens=look
-        )
+        with self.accelerator.autocast():
+            losses = model(
+                pixel_values, taught.patches, taught.cls, grid, inputs["mask_rows"], inputs["masks"], attention=look
+            )
         if look:
-            self._look_at_attention(losses.pop("student_patches"), taught.patches)
+            self._attention = {name: losses.pop(name) for name in ATTENTION_STATISTICS}
+            self._chance = 1 / taught.patches.shape[1]
         self.watch(losses)
         return (losses["total"], losses) if return_outputs else losses["total"]
 
@@ -201,10 +214,6 @@ class GKDDistillationTrainer(StreamTrainer):
             return False
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
 
-    def _look_at_attention(self, student_patches: torch.Tensor, teacher_patches: torch.Tensor) -> None:
-        self._attention = self.objective.feature.attention_statistics(student_patches[:2], teacher_patches[:2])
-        self._chance = 1 / teacher_patches.shape[1]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add attention entropy, self weight and logit spread, and warn when the attention has collapsed."""
         attention = self.__dict__.pop("_attention", None)
@@ -224,8 +233,10 @@ class GKDDistillationTrainer(StreamTrainer):
     # -- for others ---------------------------------------------------------------------------------------------------
 
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
-        """Write the student's encoder to a folder as a plain transformers model."""
-        write_encoder(Path(folder), self.student, facts, image_size)
+        """Write the student's encoder to a folder as a plain transformers model; every process must call it."""
+        model = whole_model(self)
+        if self.is_world_process_zero():
+            write_encoder(Path(folder), model.student, facts, image_size)
 
     def card_settings(self) -> dict[str, Any]:
         """Student, teacher and method in a recipe's keys."""
@@ -236,11 +247,6 @@ class GKDDistillationTrainer(StreamTrainer):
             "teacher": {"name": names[1], "geometry": self.teacher.geometry} if names[1] else None,
         }
 
-    # -- saving -------------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student alone. Checkpoints, which Trainer writes itself, hold the heads too."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-        elif self.args.should_save:
-            self.student.save_pretrained(output_dir or self.args.output_dir)
+    def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
+        """Write the student alone to a folder."""
+        self.student.save_pretrained(folder, state_dict=under("student.", weights))

@@ -23,6 +23,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
 from gkd_hf.training.artefacts import write_segmenter
 from gkd_hf.training.progress import no_bar
+from gkd_hf.training.sharding import whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -70,7 +71,8 @@ class GKDSegmentationTrainer(StreamTrainer):
         self.note_bad_rows(inputs.get("bad_rows", []))
         streamed = isinstance(self.train_dataset, SampleStream)
         pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
-        outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
+        with self.accelerator.autocast():
+            outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
         self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -110,8 +112,14 @@ class GKDSegmentationTrainer(StreamTrainer):
     # -- for others ---------------------------------------------------------------------------------------------------
 
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
-        """Write the segmenter to a folder, natively where transformers has a class for it."""
-        write_segmenter(Path(folder), self.model, facts, image_size)
+        """Write the segmenter to a folder, natively where transformers has a class; every process must call it."""
+        model = whole_model(self)
+        if self.is_world_process_zero():
+            write_segmenter(Path(folder), model, facts, image_size)
+
+    def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
+        """Write the segmenter to a folder."""
+        self.model.save_pretrained(folder, state_dict=weights)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +147,8 @@ class GKDSegmentationTrainer(StreamTrainer):
     ) -> dict[str, DomainResult]:
         """Segment every image of every domain at its test size by sliding windows; count against the native labels.
 
-        Each process takes its share of the images; every process gets the full counts.
+        Each process takes its share of the images; every process gets the full counts. The shares differ in length, so
+        a sharded model, whose forward needs all processes, is gathered first.
 
         Args:
             eval_dataset: other sets than the trainer's own.
@@ -147,12 +156,14 @@ class GKDSegmentationTrainer(StreamTrainer):
         """
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.averaged():
-            return {name: self._evaluate_domain(name, images, examples) for name, images in sets.items()}
+            model = whole_model(self).to(self.args.device).eval()
+            return {name: self._evaluate_domain(model, name, images, examples) for name, images in sets.items()}
 
     @torch.no_grad()
-    def _evaluate_domain(self, name: str, images: EvaluationSet, examples: int) -> DomainResult:
+    def _evaluate_domain(
+        self, model: GKDStudentForSemanticSegmentation, name: str, images: EvaluationSet, examples: int
+    ) -> DomainResult:
         args = self.args
-        model = self.accelerator.unwrap_model(self.model).to(args.device).eval()
         images = images.shard(args.process_index, args.world_size)
         loader = DataLoader(
             images,

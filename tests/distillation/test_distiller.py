@@ -115,9 +115,8 @@ def test_no_masks_means_one_view() -> None:
     model = make_distiller("vit")
     batch = make_batch()
     batch["mask_rows"], batch["masks"] = torch.zeros(0, dtype=torch.long), torch.zeros(0, 64, dtype=torch.bool)
-    losses = model(**batch, return_tokens=True)
+    losses = model(**batch)
     output = model.student(batch["pixel_values"])
-    assert torch.equal(losses["student_patches"], output.last_hidden_state)
     expected = model.objective(
         output.last_hidden_state,
         output.last_hidden_state,
@@ -126,3 +125,14 @@ def test_no_masks_means_one_view() -> None:
         batch["teacher_cls"],
     )
     assert losses["total"] == expected["total"]
+
+
+def test_attention_is_looked_at_when_asked() -> None:
+    model = make_distiller("vit")
+    batch = make_batch()
+    losses = model(**batch, attention=True)
+    tokens = model.student(batch["pixel_values"]).last_hidden_state[:2]
+    expected = model.objective.feature.attention_statistics(tokens, batch["teacher_patches"][:2])
+    assert losses.keys() - model(**batch).keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
