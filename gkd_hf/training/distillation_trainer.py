@@ -164,7 +164,7 @@ class GKDDistillationTrainer(StreamTrainer):
         self.teacher.fit_geometry(pixel_values.shape[-1], grid)
         if self._share_teacher and not self.teacher.sharded:  # only now, because it cannot be resampled afterwards
             self.teacher.shard(init_device_mesh(self.args.device.type, (self.args.world_size,)))
-        with self.accelerator.autocast():
+        with self.autocast():
             return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
 
     def compute_loss(
@@ -182,7 +182,7 @@ class GKDDistillationTrainer(StreamTrainer):
         grid = tuple(inputs["grid"])
         taught = self.teach(pixel_values, grid)
         look = self._attention_is_logged()
-        with self.accelerator.autocast():
+        with self.autocast():
             losses = model(
                 pixel_values, taught.patches, taught.cls, grid, inputs["mask_rows"], inputs["masks"], attention=look
             )

@@ -71,7 +71,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         self.note_bad_rows(inputs.get("bad_rows", []))
         streamed = isinstance(self.train_dataset, SampleStream)
         pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
-        with self.accelerator.autocast():
+        with self.autocast():
             outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
         self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -209,7 +209,7 @@ class GKDSegmentationTrainer(StreamTrainer):
 
     def _window_scores(self, model: GKDStudentForSemanticSegmentation, pixels: torch.Tensor) -> torch.Tensor:
         # The precision of the training, whether the model has just been trained or was loaded for this.
-        with self.accelerator.autocast():
+        with self.autocast():
             return sliding_window_logits(
                 lambda crops: model(pixel_values=crops).logits,
                 pixels,

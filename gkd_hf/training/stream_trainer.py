@@ -192,6 +192,24 @@ class StreamTrainer(Trainer, ABC):
         if self.average is not None and checkpoint is not None:
             self.average.load(checkpoint)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up Accelerate as `Trainer` does; DeepSpeed gets the mixed precision that all other engines have."""
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled and self.args.bf16:
+            # DeepSpeed's own bf16 makes the model bf16, batch statistics included, and leaves its inputs as they are.
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config |= {
+                "bf16": {"enabled": False},
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+            }
+            plugin.hf_ds_config._dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which models compute in this run's precision."""
+        if self.is_deepspeed_enabled:  # Accelerate leaves this to DeepSpeed, which does it for the trained model alone
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
