@@ -22,7 +22,9 @@ def random_masks(
 
     ⌊p·B⌋ samples get exactly ⌊r·N⌋ masked positions each, uniformly without replacement and independently; the others
     get none. Which patches a sample loses depends on ``seed`` and its place in the run's order alone, so neither a
-    restart nor another number of processes changes it.
+    restart nor another number of processes changes it. The same holds for which samples are masked wherever p·B is
+    whole: they are drawn from each of the smallest groups of neighbours of which p is a whole number (one of each pair
+    for p = ½). Otherwise they are drawn from the whole device batch.
 
     Args:
         indices: B places in the run's global order, one per sample.
@@ -46,9 +48,22 @@ def random_masks(
     masks = torch.zeros(samples, num_patches, dtype=torch.bool)
     if samples == 0:
         return torch.zeros(0, dtype=torch.long), masks
-    chosen = np.random.default_rng((seed, 0, int(indices[0]))).choice(batch, size=samples, replace=False)
-    rows = np.sort(chosen)
+    group = _group_size(sample_probability, batch)
+    chosen = []
+    for first in range(0, batch, group):
+        rng = np.random.default_rng((seed, 0, int(indices[first])))
+        chosen.append(first + rng.choice(group, size=samples * group // batch, replace=False))
+    rows = np.sort(np.concatenate(chosen))
     for mask, row in zip(masks, rows, strict=True):
         positions = np.random.default_rng((seed, 1, int(indices[row]))).permutation(num_patches)[:patches]
         mask[torch.from_numpy(positions)] = True
     return torch.from_numpy(rows), masks
+
+
+def _group_size(probability: float, batch: int) -> int:
+    """The fewest neighbours, of which whole groups make a batch, that a part ``probability`` of is a whole number."""
+    for size in range(1, batch):
+        part = probability * size
+        if batch % size == 0 and abs(part - round(part)) < 1e-9:
+            return size
+    return batch

@@ -48,6 +48,22 @@ def test_a_samples_mask_hangs_on_its_place_and_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
+    "p, batches", [(0.5, (2, 4, 8)), (0.25, (4, 8)), (0.3, (10, 20)), (0.75, (4, 12)), (1.0, (1, 8))]
+)
+def test_the_masked_samples_are_the_same_in_every_device_batch(p: float, batches: tuple[int, ...]) -> None:
+    drawn = []
+    for batch in batches:
+        masked = {}
+        for first in range(0, 120, batch):
+            rows, masks = random_masks(range(first, first + batch), 9, sample_probability=p, seed=3)
+            assert len(rows) == round(p * batch)
+            masked |= {first + int(row): mask.tolist() for row, mask in zip(rows, masks, strict=True)}
+        drawn.append(masked)
+    assert len(drawn[0]) == 120 * p and all(other == drawn[0] for other in drawn)
+    assert p == 1 or len({index % batches[0] for index in drawn[0]}) == batches[0]  # not always the same of a group
+
+
+@pytest.mark.parametrize(
     "settings, name", [({"sample_probability": 1.1}, "mask_probability"), ({"patch_ratio": 1.0}, "mask_ratio")]
 )
 def test_ranges(settings: dict[str, float], name: str) -> None:
