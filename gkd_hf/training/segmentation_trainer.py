@@ -57,8 +57,15 @@ class GKDSegmentationTrainer(StreamTrainer):
     ):
         model.freeze_encoder(args.freeze_encoder)
         collator = collate if isinstance(train_dataset, SampleStream) else default_data_collator
-        super().__init__(model, args, train_dataset, data_collator=collator, callbacks=callbacks, title=title)
-        self.eval_dataset = dict(eval_dataset or {})
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            dict(eval_dataset or {}),
+            data_collator=collator,
+            callbacks=callbacks,
+            title=title,
+        )
 
     def compute_loss(
         self,

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from gkd_hf.data.streaming import SampleStream
+from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import package_versions
 from gkd_hf.hub.model_card import GKDModelCard, RepoNames
 from gkd_hf.hub.push import push_folder
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
+from gkd_hf.training import checkpoints
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
-from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
+from gkd_hf.training.preemption import Preempted, Preemption, outlive_sigterm
+from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
+from gkd_hf.training.sharding import is_sharded, share_buffers, skeleton, whole_state_dict
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
 from gkd_hf.training.weight_average import WeightAverage
@@ -35,12 +41,22 @@ class NonFiniteLossError(InputError):
     """The loss or the weights are no longer finite numbers; the message names step, terms and last good checkpoint."""
 
 
+class _NothingToTrain(Exception):
+    """Everything is loaded, and the checkpoint was the last one."""
+
+
+class _StopWhenLoaded(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise _NothingToTrain
+
+
 class StreamTrainer(Trainer, ABC):
     """A `Trainer` for endless streams.
 
     - A `SampleStream` is cut for this process here and read as it is: Accelerate would shard it a second time.
     - A resumed run starts the stream at its own position. Nothing that was seen is decoded again.
     - ``compute_loss`` hands its named losses to `watch`: their means are logged, one that is not finite stops the run.
+    - A checkpoint is whole or not there. SIGTERM ends the training at a step's end with a checkpoint.
     """
 
     # Losses are means over a micro batch; Trainer divides them by the accumulation steps.
@@ -53,6 +69,7 @@ class StreamTrainer(Trainer, ABC):
         model: nn.Module,
         args: StageArguments,
         train_dataset: torch.utils.data.Dataset,
+        eval_dataset: dict[str, EvaluationSet] | None = None,
         *,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         callbacks: list[TrainerCallback] | None = None,
@@ -65,8 +82,16 @@ class StreamTrainer(Trainer, ABC):
                 raise InputError("a SampleStream is endless: say when to stop with max_steps in the arguments")
             args.ignore_data_skip = True  # the stream starts where it should
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, data_collator=data_collator, callbacks=callbacks
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            callbacks=callbacks,
         )
+        self.skeleton: nn.Module | None = None  # of a sharded model, before it was
+        if self.is_fsdp_enabled:
+            self._set_up_sharding()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(stage_progress(title))
@@ -77,6 +102,9 @@ class StreamTrainer(Trainer, ABC):
             self.add_callback(self.average)
         self.recorder = StageRecorder()
         self.add_callback(self.recorder)
+        self._preemption = Preemption()
+        self.add_callback(self._preemption)
+        self._saving = False
         self._start_step = 0
         self._position: StreamPosition | None = None
         if isinstance(train_dataset, SampleStream):
@@ -86,6 +114,20 @@ class StreamTrainer(Trainer, ABC):
         self._counts: dict[str, int] = {}
         self._first_bad: dict[str, torch.Tensor] | None = None
         self._skipped: SkippedRows | None = None
+
+    def _set_up_sharding(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise InputError("models are sharded by FSDP2 only: set fsdp_version to 2 in Accelerate's configuration")
+        # Accelerate would compute all of bf16 training in bf16: losses, norms, the residual stream, the reduction of
+        # gradients. Autocast, which trains everywhere else, knows better, so both ways give the same model.
+        plugin.mixed_precision_policy = None
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # The last that happens before Accelerate cuts the model, in place.
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            self.skeleton = skeleton(self.model)
+        return super()._wrap_model(model, *args, **kwargs)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -109,6 +151,7 @@ class StreamTrainer(Trainer, ABC):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=outlive_sigterm,
         )
         # One process of one: the stream has taken this process's share, and no rank may decode for the others.
         return prepare_data_loader(
@@ -145,38 +188,83 @@ class StreamTrainer(Trainer, ABC):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train to ``max_steps``. With ``ema_decay`` the model then holds the average of its weights.
 
+        A checkpoint of a later step than the one a run goes on from is removed when the run has saved its next one.
+
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the last complete one of the output folder, if any.
+            resume_from_checkpoint: a checkpoint, or True for the last whole one of the output folder, if any.
 
         Raises:
-            InputError: no such checkpoint, or one of other data or another seed.
+            InputError: no such checkpoint, or one of other data or another seed; every checkpoint is damaged; the
+                output folder cannot be written or is not shared by all hosts; a process gives no answer.
             NonFiniteLossError: the loss left the finite numbers.
+            Preempted: SIGTERM came; a checkpoint is saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        checkpoint = resume_from_checkpoint or None
-        self._start_step = checkpoint_step(checkpoint) if checkpoint else 0
-        if self._position is not None:
-            self._position.begin(checkpoint)
-        if checkpoint is None and self.is_world_process_zero():
-            for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
-                path.unlink()
-        self._skipped = None
-        if self.average is not None:
-            self.average.forget()
-        if checkpoint and 0 < self.args.max_steps <= self._start_step:
-            # Killed between its last checkpoint and the end: Trainer would train one more step.
-            self._load_from_checkpoint(checkpoint)
+        with self._preemption.watching():
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._start_step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0
+            if self._position is not None:
+                self._position.begin(checkpoint)
+            if checkpoint is None and self.is_world_process_zero():
+                for path in Path(self.args.output_dir).glob("bad_rows.*.jsonl"):
+                    path.unlink()
+            self._skipped = None
             if self.average is not None:
-                self.average.load(checkpoint)
-            self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            output = TrainOutput(self._start_step, 0.0, {})
-        else:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self.average.forget()
+            output = self._train_from(checkpoint, **kwargs)
+            if self._preemption.agreed or self._preemption.received:
+                self._preempted()
         if self.average is not None:
             self.average.give()
             self.average.forget()
         return output
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """The main process decides for all; it tells of checkpoints that are damaged."""
+        args = self.args
+        check_shared(args.output_dir)
+        checkpoint = None
+        if self.is_world_process_zero():
+            checkpoints.clear_saving(args.output_dir)
+            if wanted is True:
+                found = checkpoints.checkpoint_to_resume(args.output_dir)
+                if found.passed_over:
+                    print(found.told(), file=sys.stderr, flush=True)
+                checkpoint = None if found.checkpoint is None else str(found.checkpoint)
+            elif wanted:
+                checkpoint = os.fspath(wanted)
+                checkpoints.check_whole(checkpoint)
+            if checkpoint is not None:
+                checkpoints.check_resumable(checkpoint, self._engine, args.world_size)
+        return of_main_process(checkpoint)
+
+    @property
+    def _engine(self) -> str:
+        return "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else "plain"
+
+    def _train_from(self, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
+        # Killed between its last checkpoint and the end: Trainer would train one more step.
+        ends = [_StopWhenLoaded()] if checkpoint and 0 < self.args.max_steps <= self._start_step else []
+        for callback in ends:
+            self.add_callback(callback)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except _NothingToTrain:
+            self.is_in_train = False
+            return TrainOutput(self._start_step, 0.0, {})
+        except RuntimeError as error:
+            if not is_hung_peer(error):
+                raise
+            where = f"in step {self.state.global_step + 1} of {self.title}"
+            raise hung_peer(where, timedelta(seconds=self.args.ddp_timeout)) from error
+        finally:
+            for callback in ends:
+                self.remove_callback(callback)
+
+    def _preempted(self) -> None:
+        if self.is_world_process_zero():
+            place = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            print(f"SIGTERM: saved {place}; the same command goes on from there", file=sys.stderr, flush=True)
+        raise Preempted
 
     def averaged(self) -> AbstractContextManager[None]:
         """In this context the model is what training would give if it ended here."""
@@ -228,7 +316,30 @@ class StreamTrainer(Trainer, ABC):
 
     @abstractmethod
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
-        """Write the trained model to a folder as it goes to the Hub, and tell the facts of it."""
+        """Write the trained model to a folder as it goes to the Hub, and tell the facts of it.
+
+        Every process must call it; the main one writes.
+        """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained model whole, however it is trained. Every process must call it; the main one writes.
+
+        Checkpoints, which Trainer writes itself, are what training goes on with instead.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        weights = whole_state_dict(self)
+        if self.args.should_save:
+            self.write_model(output_dir or self.args.output_dir, weights)
+
+    @abstractmethod
+    def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
+        """Write what others load to a folder.
+
+        Args:
+            weights: all of them, as `whole_state_dict` returns them; this is for one process alone.
+        """
 
     def card_settings(self) -> dict[str, Any]:
         """What a card can tell without a recipe, in a recipe's keys."""
@@ -260,11 +371,11 @@ class StreamTrainer(Trainer, ABC):
         repo_id = repo_id or self.args.hub_model_id
         if repo_id is None:
             raise InputError("say where to push: trainer.push_to_hub(repo_id='org/name'), or hub_model_id='org/name'")
-        if not self.is_world_process_zero():
-            return None
         folder = Path(self.args.output_dir) / self.artefact
         facts = self._card_facts()
         self.export(folder, facts, self._image_size())
+        if not self.is_world_process_zero():
+            return None
         self._card(facts, repo_id, license, folder).save(folder)
         if private is None:
             private = self.args.hub_private_repo is not False
@@ -325,7 +436,7 @@ class StreamTrainer(Trainer, ABC):
         self._stop(f"the loss is not finite at step {step} ({terms})")
 
     def _stop(self, what: str) -> None:
-        good = last_complete_checkpoint(self.args.output_dir)
+        good = checkpoints.last_complete_checkpoint(self.args.output_dir)
         place = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise NonFiniteLossError(f"{what}; {place}. Lower learning_rate, or run in fp32 if this was bf16.")
 
@@ -344,7 +455,35 @@ class StreamTrainer(Trainer, ABC):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint of broken weights would be resumed from for ever.
         self._stop_if_not_finite()
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
-        if not torch.isfinite(torch.stack(norms)).all():
+        norm = nn.utils.get_total_norm([parameter.detach() for parameter in self.model.parameters()])
+        if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             self._stop(f"the weights are not finite after step {self.state.global_step}")
-        super()._save_checkpoint(model, trial)
+        if is_sharded(self.model):
+            share_buffers(self.model)
+        folder = super()._get_output_dir(trial)
+        with checkpoints.refused_writes(folder, self.state.global_step, self.is_world_process_zero()):
+            self._save_whole(model, trial, folder)
+
+    def _save_whole(self, model: nn.Module, trial: Any, folder: str) -> None:
+        args, step = self.args, self.state.global_step
+        if self.is_world_process_zero():
+            checkpoints.clear_saving(folder)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            best = self.state.best_model_checkpoint = os.path.join(folder, os.path.basename(best))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(folder, checkpoints.SAVING, f"checkpoint-{step}", TRAINER_STATE_NAME))
+            checkpoints.put_in_place(folder, step, self._engine, args.world_size)
+            checkpoints.rotate(folder, step, args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, checkpoints.SAVING) if self._saving else folder

@@ -29,7 +29,6 @@ from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
-from gkd_hf.training.checkpoints import last_complete_checkpoint
 from gkd_hf.training.stream_trainer import NonFiniteLossError
 from tests.tiny import ENCODERS
 
@@ -213,18 +212,6 @@ def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(tmp_path: Path
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
     assert_equal(weights(again), weights(whole))
-
-
-def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    assert last_complete_checkpoint(tmp_path / "nothing") is None
-    trainer = distillation_trainer(tmp_path)
-    trainer.train()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"global_step"')
-    (tmp_path / "checkpoint-10").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    with pytest.raises(InputError, match=r"cannot resume from '.*checkpoint-10': trainer_state\.json is missing"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
