@@ -54,7 +54,6 @@ class GKDTeacher(nn.Module):
         self.encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
         self.adapter = adapter_for(self.encoder.config)
         self._original = (self.encoder,)  # in a tuple, so that it is no sub-module
-        self._precision = torch.float32
         if geometry == "resample_patch_embed" and not self.adapter.fixed_grid:
             raise InputError(
                 "teacher geometry resample_patch_embed needs patch kernels and positions to resample, "
@@ -93,12 +92,11 @@ class GKDTeacher(nn.Module):
         """Keep the weights in bf16, for training in bf16; batch norms, whose statistics it would spoil, in fp32."""
         if self.sharded:
             raise InputError("a sharded teacher keeps its precision: halve it before it is sharded")
-        self._precision = torch.bfloat16
         for encoder in dict.fromkeys((*self._original, self.encoder)):
             for module in encoder.modules():
                 if not isinstance(module, nn.modules.batchnorm._BatchNorm):
                     for parameter in module.parameters(recurse=False):
-                        parameter.data = parameter.data.to(self._precision)
+                        parameter.data = parameter.data.to(torch.bfloat16)
 
     def shard(self, mesh: DeviceMesh | None = None) -> None:
         """Share the weights out over the processes, layer by layer; a layer is whole only while it computes.
@@ -168,7 +166,7 @@ class GKDTeacher(nn.Module):
         size = (grid[0] * self.adapter.stride, grid[1] * self.adapter.stride)
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
-        output = self.adapter.forward(self.encoder, pixels.to(self._precision))
+        output = self.adapter.forward(self.encoder, pixels.to(self.encoder.dtype))
         if output.grid != tuple(grid):
             raise InputError(f"the teacher's tokens lie on a {output.grid} grid, the student's on {tuple(grid)}")
         return output
