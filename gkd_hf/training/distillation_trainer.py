@@ -53,7 +53,7 @@ class MaskingCollator:
         grid = (max(1, round(height / self.stride)), max(1, round(width / self.stride)))
         if "index" in samples[0]:
             indices = [int(sample["index"]) for sample in samples]
-        else:  # a data set that is no SampleStream has no place in the run's order: Trainer's own state decides
+        else:  # a stream of the user's own does not tell places in the order: the random state decides
             indices = torch.randint(2**62, (len(samples),)).tolist()
         rows, masks = random_masks(
             indices,

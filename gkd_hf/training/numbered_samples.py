@@ -1,0 +1,59 @@
+"""Data sets of known length in an order that hangs on the seed alone, with every sample's place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class PassOrder(Sampler[tuple[int, int]]):
+    """The order of one pass: (place in the run's order, row) of every row.
+
+    Args:
+        num_rows: of the data set. seed: of the permutations; each pass has its own. shuffle: False keeps rows in order.
+    """
+
+    def __init__(self, num_rows: int, seed: int, shuffle: bool = True):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rows = range(self.num_rows)
+        if self.shuffle:
+            # Multiplied, so that the next seed's passes are not this one's.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            rows = torch.randperm(self.num_rows, generator=generator).tolist()
+        yield from enumerate(rows, start=self.epoch * self.num_rows)
+
+
+class NumberedSamples(Dataset):
+    """A data set, read through `order`, whose samples tell their place in the run's order as ``index``.
+
+    That is what masks are drawn by, so neither a restart nor another number of processes changes them.
+
+    Args:
+        samples: mappings, by row.
+    """
+
+    def __init__(self, samples: Dataset, order: PassOrder):
+        self.samples = samples
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place_and_row: tuple[int, int]) -> dict[str, Any]:
+        place, row = place_and_row
+        return {**self.samples[row], "index": place}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin a pass; Accelerate calls this, and does not find the order where a pass is begun in its middle."""
+        self.order.epoch = epoch
