@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 
 class PassOrder(Sampler[tuple[int, int]]):
     """The order of one pass: (place in the run's order, row) of every row.
 
     Args:
-        num_rows: of the data set. seed: of the permutations; each pass has its own. shuffle: False keeps rows in order.
+        num_rows: of the data set. seed: of the permutations, one for each pass. shuffle: False keeps the rows' order.
     """
 
     def __init__(self, num_rows: int, seed: int, shuffle: bool = True):
@@ -57,3 +59,12 @@ class NumberedSamples(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Begin a pass; Accelerate calls this, and does not find the order where a pass is begun in its middle."""
         self.order.epoch = epoch
+
+
+def numbered_samples(samples: Dataset, arguments: TrainingArguments) -> NumberedSamples | None:
+    """Number a data set's samples in the order that the arguments ask for; None where that is not possible."""
+    shuffle = {"random": True, "sequential": False}.get(str(arguments.train_sampling_strategy))
+    if shuffle is None or not has_length(samples):
+        return None
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return NumberedSamples(samples, PassOrder(len(samples), seed, shuffle))

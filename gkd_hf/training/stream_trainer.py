@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import TrainOutput
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.errors import InputError
@@ -28,7 +28,7 @@ from gkd_hf.hub.push import push_folder
 from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training import checkpoints
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
-from gkd_hf.training.numbered_samples import NumberedSamples, PassOrder
+from gkd_hf.training.numbered_samples import numbered_samples
 from gkd_hf.training.preemption import Preempted, Preemption, outlive_sigterm
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
@@ -135,7 +135,13 @@ class StreamTrainer(Trainer, ABC):
     def get_train_dataloader(self) -> DataLoader:
         """Read a `SampleStream` from this run's position, as this process's share; other data sets as Trainer does."""
         if not isinstance(self.train_dataset, SampleStream):
-            return self._numbered_dataloader() or super().get_train_dataloader()
+            samples = numbered_samples(self.train_dataset, self.args)
+            if samples is None:
+                return super().get_train_dataloader()
+            batch = self.args.per_device_train_batch_size
+            return self._get_dataloader(
+                samples, "Training", batch, sampler_fn=lambda _: samples.order, is_training=True
+            )
         args = self.args
         stream = self.train_dataset.shard(
             args.per_device_train_batch_size,
@@ -162,21 +168,6 @@ class StreamTrainer(Trainer, ABC):
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
-        )
-
-    def _numbered_dataloader(self) -> DataLoader | None:
-        """What Trainer makes of a data set of known length, in an order that each number of processes shares out."""
-        shuffle = {"random": True, "sequential": False}.get(str(self.args.train_sampling_strategy))
-        if shuffle is None or not has_length(self.train_dataset):
-            return None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = PassOrder(len(self.train_dataset), seed, shuffle)
-        return self._get_dataloader(
-            NumberedSamples(self.train_dataset, order),
-            description="Training",
-            batch_size=self.args.per_device_train_batch_size,
-            sampler_fn=lambda _: order,
-            is_training=True,
         )
 
     def note_bad_rows(self, rows: list[dict[str, Any]]) -> None:
