@@ -3,6 +3,7 @@
 
     python scripts/run_gkd.py                                             # the quickstart's recipe, no downloads
     python scripts/run_gkd.py scripts/recipes/gtav_dinov2b_deits.yaml --plan
+    python scripts/run_gkd.py scripts/recipes/gtav_dinov2b_deits.yaml --plan --gpus 8 --memory 80
     accelerate launch scripts/run_gkd.py scripts/recipes/gtav_dinov2b_deits.yaml \\
         data.roots.imagenet=/data/imagenet data.roots.gtav=/data/gtav data.roots.cityscapes=/data/cityscapes \\
         data.roots.bdd100k=/data/bdd100k data.roots.mapillary=/data/mapillary
@@ -11,13 +12,20 @@
 Any key of the recipe can be set as `key.sub=value`; `stages.task_agnostic=null` leaves a stage out. The same command
 continues an interrupted run. Wrong input ends with one line on stderr and exit code 2; under
 `accelerate launch` the launcher's own report follows it and the exit code is 1, so try a recipe with --plan first.
+SIGTERM ends a run with exit code 0 after it has saved what it needs to go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from gkd_hf.training.scale_question import ScaleQuestion
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "scripts" / "recipes" / "quickstart.yaml"
@@ -34,6 +42,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", action="store_true", help="print what would be done, without network or training, and stop"
     )
+    scale = parser.add_argument_group(
+        "scale on paper", "with --plan --gpus: memory per GPU, operations and hours of each stage, on 1 to 512 GPUs"
+    )
+    scale.add_argument("--gpus", metavar="N", help="number of GPUs to say of whether the stages fit on them")
+    scale.add_argument("--memory", metavar="GB", help="memory of one GPU (default: 80)")
+    scale.add_argument(
+        "--gpu-tflops", metavar="X", help="what one GPU can do in a second, 10^12 operations (default: 312, A100 bf16)"
+    )
+    scale.add_argument("--utilisation", metavar="U", help="part of that which training gets, 0 to 1 (default: 0.35)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.recipe is not None and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -41,31 +58,73 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def scale_question(arguments: argparse.Namespace) -> ScaleQuestion | None:
+    """What --gpus and its companions ask; None if nothing; raises `InputError` for what makes no sense."""
+    from gkd_hf.errors import InputError
+    from gkd_hf.training.scale_question import ScaleQuestion
+
+    details = {
+        "--memory": arguments.memory,
+        "--gpu-tflops": arguments.gpu_tflops,
+        "--utilisation": arguments.utilisation,
+    }
+    given = [name for name, value in {"--gpus": arguments.gpus, **details}.items() if value is not None]
+    if given and not arguments.plan:
+        raise InputError(f"{given[0]} belongs to --plan and does nothing without it: add --plan, or drop it")
+    if arguments.gpus is None:
+        if given:
+            raise InputError(f"{given[0]} belongs to --gpus N and does nothing without it: add --gpus, or drop it")
+        return None
+    return ScaleQuestion.read(arguments.gpus, *details.values())
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    """Return the exit code: 0, 1 where another process of the run is gone, 2 for wrong input, 130 after Ctrl-C."""
     arguments = parse(argv)
+    from gkd_hf.training.sigterm import Preempted, ending_at_once
+
+    try:
+        with ending_at_once():
+            return run(arguments)
+    except Preempted:
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan or run a recipe; return the exit code."""
     from gkd_hf.errors import InputError, refused
     from gkd_hf.training.recipe_file import load_recipe
 
     try:
+        question = scale_question(arguments)
         recipe = load_recipe(arguments.recipe or QUICKSTART, arguments.overrides)
         if arguments.plan:
             from gkd_hf.training.plan import plan
 
             print(plan(recipe))
-        else:
-            from gkd_hf.training.pipeline import run
-            from gkd_hf.training.process_group import end_process_group
+            if question is not None:
+                from gkd_hf.training.scale_table import scale_report
 
-            run(recipe)
-            end_process_group()
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+                print(f"\n{scale_report(recipe, question)}")
+            return 0
     except InputError as error:
         return refused(error)
-    return 0
+    from gkd_hf.training import pipeline
+    from gkd_hf.training.ending import exit_code
+
+    return exit_code(lambda: pipeline.run(recipe))
+
+
+def end_early(*_: object) -> NoReturn:
+    """End at SIGTERM while the library, which has its own answer to it, is not imported yet."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"SIGTERM: ended before anything was begun; the same command begins\n")
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_early)
     sys.exit(main())

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -37,6 +36,7 @@ from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationA
 from gkd_hf.training.artefacts import resolved_commits, same_settings, write_encoder, write_segmenter
 from gkd_hf.training.checks import check_grids, check_output_dir, lock_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+from gkd_hf.training.process_group import check_shared, join_process_group, wait_patiently
 from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
 from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
@@ -67,10 +67,8 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        # Without an accelerator, Accelerate joins launched processes (by gloo) only if it is told to use the CPU.
         self.use_cpu = not torch.accelerator.is_available()
-        # Only the main process downloads and checks, the others wait.
-        self.state = PartialState(cpu=self.use_cpu, timeout=timedelta(hours=6))
+        self.state = join_process_group(self.use_cpu, timedelta(minutes=recipe.timeout_minutes))
         self.output_dir = Path(recipe.output_dir)
         self.data = RecipeData(recipe)
         self.folders = self._folders()
@@ -101,7 +99,9 @@ class Pipeline:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._forget_result()
             recipe.save(self.output_dir)
-        self.state.wait_for_everyone()
+        # Only the main process downloads and checks, the others wait.
+        wait_patiently()
+        check_shared(self.output_dir)
 
         previous: StageFolder | None = None
         for name, stage in recipe.stages.distillation():
@@ -119,7 +119,7 @@ class Pipeline:
             report.write(self.output_dir)
             self._write_cards()
             print(f"\n{report.table()}\n\n{self._closing_words()}", flush=True)
-        self.state.wait_for_everyone()
+        wait_patiently()
         self._push()
         return report.as_dict()
 
@@ -260,7 +260,7 @@ class Pipeline:
             print(f"[{title}] {what}{'' if folder.finished else folder.standing()}", flush=True)
             if not folder.finished:
                 folder.begin()
-        self.state.wait_for_everyone()
+        wait_patiently()
         return not folder.finished
 
     def _train(
@@ -271,7 +271,7 @@ class Pipeline:
     ) -> None:
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=True)
-        self.state.wait_for_everyone()
+        wait_patiently()
         if self.state.is_main_process:
             recorder = trainer.recorder
             summary = {
@@ -281,7 +281,7 @@ class Pipeline:
                 "facts": dataclasses.asdict(recorder.facts or recorder.read(trainer.args, trainer.state)),
             }
             folder.finish(save, summary)
-        self.state.wait_for_everyone()
+        wait_patiently()
 
     # -- models and data ----------------------------------------------------------------------------------------------
 
@@ -332,7 +332,7 @@ class Pipeline:
             write_encoder(place, GKDStudentModel.from_pretrained(last.model), self.facts, stage.image_size)
             self._write_cards()
             print(f"\nThe distilled encoder is in {place}; add stages.task to teach it a task.", flush=True)
-        self.state.wait_for_everyone()
+        wait_patiently()
         self._push()
         return {"encoder": str(place)}
 
@@ -381,7 +381,7 @@ class Pipeline:
         except (InputError, ValueError, OSError):
             return None
         # Every process has to have seen this before the main one writes.
-        self.state.wait_for_everyone()
+        wait_patiently()
         if self.state.is_main_process:
             print(f"{self.output_dir} was finished before; remove its report.json to measure again", flush=True)
             self.recipe.save(self.output_dir)

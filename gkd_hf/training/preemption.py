@@ -1,7 +1,4 @@
-"""SIGTERM, which schedulers send before they take a machine away: save, end with exit code 0, say how to go on.
-
-While a stage trains, the signal is noted and answered at the end of a step, by all processes at the same one, with a
-checkpoint. At all other times nothing is lost that is not made again, so the run ends at once.
+"""SIGTERM while a stage trains: all processes save at the end of the same step and end with exit code 0.
 
 What really reaches the processes hangs on who sends it:
 
@@ -15,9 +12,7 @@ What really reaches the processes hangs on who sends it:
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,15 +25,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gkd_hf.training.process_group import side_group
-
-ENDED = "SIGTERM: ended; the same command goes on where this run stood"
-
-
-class Preempted(SystemExit):
-    """The run was asked to end and has saved what it needs to go on; a program that does not catch it exits with 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+from gkd_hf.training.sigterm import note_sigterm
 
 
 class Preemption(TrainerCallback):
@@ -60,6 +47,7 @@ class Preemption(TrainerCallback):
         """In this context SIGTERM is only noted; the handler that was there before is put back after it."""
         self.received = self.agreed = False
         self._asked = None
+        note_sigterm(False)
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread gets signals
             return
@@ -71,6 +59,7 @@ class Preemption(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        note_sigterm()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,34 +93,3 @@ class Preemption(TrainerCallback):
             self._asked = None
             work.wait()
             self.agreed |= bool(answer.item())
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """In this context SIGTERM ends the program with `Preempted`, where no training watches for it.
-
-    The main process says how to go on.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), f"{ENDED}\n".encode())  # print may have been interrupted itself
-        raise Preempted
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
-
-
-def outlive_sigterm(worker: int = 0) -> None:
-    """Let a loader's worker outlive a SIGTERM sent to the whole process group: the step that saves needs its samples.
-
-    A second one ends it, so the loader can still end a worker that hangs. Meant as ``worker_init_fn``.
-    """
-
-    def take(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, take)

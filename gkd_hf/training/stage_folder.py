@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_hf.errors import InputError
-from gkd_hf.training.checkpoints import checkpoint_step, last_complete_checkpoint
+from gkd_hf.training.checkpoints import checkpoint_step, checkpoint_to_resume
 
 # They change how a run goes, not what comes out of it, so they may differ when it is continued.
 FREE_SETTINGS = (
@@ -77,8 +77,12 @@ class StageFolder:
         return self.path / "heads.safetensors"
 
     def standing(self) -> str:
-        """Where a stage that was begun before goes on, as words to add; "" for one that begins now."""
-        checkpoint = last_complete_checkpoint(self.path)
+        """Where a stage that was begun before goes on, as words to add; "" for one that begins now.
+
+        Raises:
+            InputError: it has checkpoints, and all are damaged.
+        """
+        checkpoint = checkpoint_to_resume(self.path).checkpoint
         if checkpoint is not None:
             return f", going on from step {checkpoint_step(checkpoint)}"
         begun = (self.path / "settings.json").is_file()

@@ -29,10 +29,11 @@ from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
 from gkd_hf.training import checkpoints
 from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
 from gkd_hf.training.numbered_samples import numbered_samples
-from gkd_hf.training.preemption import Preempted, Preemption, outlive_sigterm
+from gkd_hf.training.preemption import Preemption
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
 from gkd_hf.training.sharding import is_sharded, share_buffers, skeleton, whole_state_dict
+from gkd_hf.training.sigterm import Preempted, outlive_sigterm
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
 from gkd_hf.training.weight_average import WeightAverage
