@@ -105,6 +105,10 @@ class EncoderAdapter(ABC):
         """
         return None
 
+    def beside_maps(self, norm_maps: bool = False) -> tuple[str, ...]:
+        """Return the names of the parameters and modules that only tokens pass, no stage map; see `forward`."""
+        return ()
+
     def plain_state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Return the weights as ``AutoModel`` wants them, which builds ``model_class`` without ``constructor``."""
         return model.state_dict()

@@ -166,6 +166,9 @@ class ConvNextAdapter(_StagedAdapter):
     def normed(self, model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
         return model.layernorm(features)
 
+    def beside_maps(self, norm_maps: bool = False) -> tuple[str, ...]:
+        return ("layernorm",)
+
     def map_norms(self) -> nn.ModuleList:
         return nn.ModuleList(MapNorm(c, eps=1e-6, layout=torch.channels_last) for c in self.map_channels)
 
@@ -202,6 +205,9 @@ class SwinAdapter(_HierarchicalAdapter):
         patch = self.config.patch_size
         first = patch if isinstance(patch, int) else patch[0]
         return tuple(first * 2**stage for stage in range(len(self.config.depths)))
+
+    def beside_maps(self, norm_maps: bool = False) -> tuple[str, ...]:
+        return ("layernorm",)
 
     def map_norms(self) -> nn.ModuleList:
         return nn.ModuleList(MapNorm(c, eps=1e-5, layout=torch.contiguous_format) for c in self.map_channels)

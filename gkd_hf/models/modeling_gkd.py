@@ -241,8 +241,11 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         """Keep the encoder in eval mode, without gradients and untouched by the optimiser; False undoes it."""
         self.encoder_frozen = frozen
         self.student.requires_grad_(not frozen)
-        if not frozen and self.student.mask_pixel is not None:
-            self.student.mask_pixel.requires_grad_(False)  # only masked views use it
+        beside = self.student.adapter.beside_maps(self.config.norm_feature_maps)
+        unused = ("mask_pixel", *(f"encoder.{name}" for name in beside))
+        for name, parameter in self.student.named_parameters():
+            if name.startswith(unused):
+                parameter.requires_grad_(False)  # engines that train in parallel want a gradient for all the others
         self.train(self.training)
 
     def check_activation_checkpointing(self) -> None:

@@ -38,6 +38,9 @@ class _TransformerAdapter(EncoderAdapter):
     def map_strides(self) -> tuple[int, ...]:
         return (self.stride,) * 4
 
+    def beside_maps(self, norm_maps: bool = False) -> tuple[str, ...]:
+        return ("embeddings.mask_token",) if norm_maps else ("embeddings.mask_token", "layernorm")
+
     # The keyword that lets the model resample its positions to another image size; DINOv2 does so by itself.
     any_size: dict[str, bool] = {}
 

@@ -164,9 +164,6 @@ class GKDSegmentationArguments(StageArguments):
             raise InputError(f"the window's stride must lie in 1…{self.window} (the window), got {self.stride}")
         if self.freeze_encoder and self.encoder_learning_rate is not None:
             raise InputError("encoder_learning_rate does nothing while freeze_encoder is set: drop one of them")
-        if not self.freeze_encoder:
-            # End to end, what only distillation uses (a final norm, the mask) stays without a gradient.
-            self.ddp_find_unused_parameters = True
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"power": 0.9, "lr_end": 0.0}
         super().__post_init__()

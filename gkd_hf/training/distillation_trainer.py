@@ -100,6 +100,8 @@ class GKDDistillationTrainer(StreamTrainer):
         title: str = "distil",
     ):
         self.teacher = teacher if isinstance(teacher, GKDTeacher) else GKDTeacher(teacher)
+        if args.activation_checkpointing:
+            student.check_activation_checkpointing()
         # A student with learned positions dictates the grid; a CNN's map is resampled to the teacher's.
         grid_owner = student.adapter if student.adapter.fixed_grid else self.teacher.adapter
         model = GKDDistiller(student, objective or self._new_objective(student, args))

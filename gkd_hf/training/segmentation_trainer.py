@@ -56,6 +56,8 @@ class GKDSegmentationTrainer(StreamTrainer):
         title: str = "task",
     ):
         model.freeze_encoder(args.freeze_encoder)
+        if args.activation_checkpointing:
+            model.check_activation_checkpointing()
         collator = collate if isinstance(train_dataset, SampleStream) else default_data_collator
         super().__init__(
             model,

@@ -245,3 +245,49 @@ print("RESULT" + json.dumps([tokens.double().sum().item(), segmenter(pixels).log
 def test_bad_decode_heads_are_refused(settings: dict, channels: tuple[int, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_decode_head(settings, channels, tuple(4 * 2**i for i in range(len(channels))), 5, 255)
+
+
+@pytest.mark.parametrize("norm_feature_maps", [False, True])
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_end_to_end_every_parameter_that_is_trained_has_a_gradient(kind: str, norm_feature_maps: bool) -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS[kind])
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3, norm_feature_maps=norm_feature_maps)
+    model.freeze_encoder(False)
+    model(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))).loss.backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert without == []
+    trained = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+    assert len(trained) >= len(list(model.student.parameters())) - 4
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_layers_to_shard_are_in_the_model(kind: str) -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS[kind])
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3)
+    names = [type(module).__name__ for module in student.encoder.modules()]
+    assert model._no_split_modules == student._no_split_modules
+    assert len(student._no_split_modules) > 0 and student._no_split_modules <= set(names)
+    held = {
+        id(parameter)
+        for module in student.modules()
+        if type(module).__name__ in student._no_split_modules
+        for parameter in module.parameters()
+    }
+    sizes = {id(parameter): parameter.numel() for parameter in student.parameters()}
+    # What is left for the root is whole all the time: it has to be the smaller part.
+    assert sum(size for key, size in sizes.items() if key in held) > 0.4 * sum(sizes.values())
+
+
+def test_activation_checkpointing_is_refused_where_nothing_can_be_computed_again() -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS["resnet"])
+    with pytest.raises(InputError, match="activation_checkpointing is not possible with a resnet"):
+        student.check_activation_checkpointing()
+    student = GKDStudentModel.from_encoder(ENCODERS["vit"])
+    student.check_activation_checkpointing()
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3)
+    model.check_activation_checkpointing()
+    model.freeze_encoder()
+    with pytest.raises(InputError, match="the encoder is frozen, and decode_head linear has no layers"):
+        model.check_activation_checkpointing()
