@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +40,7 @@ from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
 from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
+from gkd_hf.training.sharding import under, whole_state_dict
 from gkd_hf.training.stage_arguments import device_batch, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
 
@@ -143,10 +143,14 @@ class Pipeline:
                 if isinstance(stage, DistillationRecipe):
                     teacher = teacher or self._teacher()
                     check_grids(student, teacher, stage.image_size)
+                    trained = student
                 else:
                     for baseline in self.recipe.baselines:
                         self._stage_arguments(baseline, stage)
-                    self._new_segmenter(student, stage)
+                    trained = self._new_segmenter(student, stage)
+                    trained.freeze_encoder(not self.recipe.baselines)
+                if stage.activation_checkpointing:
+                    trained.check_activation_checkpointing()
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
         self.facts.commits = resolved_commits(self.recipe)
@@ -211,12 +215,7 @@ class Pipeline:
         trainer = GKDDistillationTrainer(student, self._teacher(), arguments, stream, title=name)
         if previous is not None and stage.carry_heads:
             trainer.objective.load_state_dict(load_file(previous.heads))
-        self._train(trainer, folder, lambda place: self._save_stage_one(trainer, folder, place))
-
-    def _save_stage_one(self, trainer: GKDDistillationTrainer, folder: StageFolder, place: Path) -> None:
-        heads = {key: value.detach().cpu().contiguous() for key, value in trainer.objective.state_dict().items()}
-        save_file(heads, folder.heads)
-        trainer.save_model(str(place))
+        self._train(trainer, folder)
 
     def _learn_task(self, name: str, previous: StageFolder | None) -> GKDSegmentationTrainer:
         """Train the segmenter of the task stage or of a baseline, unless that is done; return what evaluates it."""
@@ -227,7 +226,7 @@ class Pipeline:
         if untrained:
             model = self._new_segmenter(self._student_after(previous, stage), stage)
             trainer = self._segmentation_trainer(name, title, model)
-            self._train(trainer, folder, model.save_pretrained)
+            self._train(trainer, folder)
         # What is measured is what was saved, whether it has just been trained or not.
         model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
         return self._segmentation_trainer(name, title, model)
@@ -263,14 +262,12 @@ class Pipeline:
         wait_patiently()
         return not folder.finished
 
-    def _train(
-        self,
-        trainer: GKDDistillationTrainer | GKDSegmentationTrainer,
-        folder: StageFolder,
-        save: Callable[[Path], None],
-    ) -> None:
+    def _train(self, trainer: GKDDistillationTrainer | GKDSegmentationTrainer, folder: StageFolder) -> None:
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=True)
+        # However it was trained, what is kept is one whole model (and its heads, for a stage that carries them on).
+        weights = whole_state_dict(trainer)
+        heads = {name: tensor.contiguous() for name, tensor in under("objective.", weights).items()}
         wait_patiently()
         if self.state.is_main_process:
             recorder = trainer.recorder
@@ -280,7 +277,9 @@ class Pipeline:
                 "skipped_rows": trainer.bad_rows,
                 "facts": dataclasses.asdict(recorder.facts or recorder.read(trainer.args, trainer.state)),
             }
-            folder.finish(save, summary)
+            if heads:
+                save_file(heads, folder.heads)
+            folder.finish(lambda place: trainer.write_model(place, weights), summary)
         wait_patiently()
 
     # -- models and data ----------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def stage_arguments(
             **shared,
         )
     frozen = name == "task"
+    if frozen and recipe.baselines:
+        shared["activation_checkpointing"] = False  # meant for those: they train the encoder, too
     learning_rate = None if frozen else stage.baseline_learning_rate
     return GKDSegmentationArguments(
         learning_rate=learning_rate or stage.learning_rate,
