@@ -1,0 +1,119 @@
+"""SIGTERM: a checkpoint at the end of the step while a stage trains, an end at once at any other time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from gkd_hf.training import ending, sigterm
+from gkd_hf.training.checkpoints import last_complete_checkpoint
+from gkd_hf.training.sigterm import Preempted, ending_at_once
+from tests.distributed.launched import Launched, children
+from tests.training.test_trainers import assert_equal, distillation_trainer, weights
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def mine(number: int, frame: FrameType | None) -> None:
+    """A handler that was there before."""
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, mine)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_stage_saves_at_the_end_of_its_step(step: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = distillation_trainer(tmp_path / "whole")
+    whole.train()
+    folder = tmp_path / "broken"
+    trainer = distillation_trainer(folder, save_steps=100)
+    trainer.add_callback(SignalAt(step))
+    with pytest.raises(Preempted) as ended:
+        trainer.train()
+    assert ended.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert last_complete_checkpoint(folder) == str(folder / f"checkpoint-{step}")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "SIGTERM" in line]
+    assert lines == [f"SIGTERM: saved {folder}/checkpoint-{step}; the same command goes on from there"]
+    again = distillation_trainer(folder, save_steps=100)
+    again.train(resume_from_checkpoint=True)
+    assert_equal(weights(again), weights(whole))
+
+
+def test_without_a_signal_the_handler_comes_back_too(tmp_path: Path) -> None:
+    distillation_trainer(tmp_path, max_steps=2).train()
+    assert signal.getsignal(signal.SIGTERM) is mine and not sigterm.sigterm_came()
+
+
+def test_outside_of_training_the_program_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        raise AssertionError("went on")
+
+    with ending_at_once():
+        assert ending.exit_code(interrupted) == 0
+    assert signal.getsignal(signal.SIGTERM) is mine
+    assert capfd.readouterr().err == "SIGTERM: ended; the same command goes on where this run stood\n"
+
+
+def test_what_falls_over_because_of_the_signal_does_not_hide_it(capfd: pytest.CaptureFixture[str]) -> None:
+    def worker_gone() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    with ending_at_once():
+        assert ending.exit_code(worker_gone) == 0
+    assert capfd.readouterr().err.endswith("the same command goes on where this run stood\n")
+    with pytest.raises(RuntimeError, match="by itself"), ending_at_once():
+        ending.exit_code(lambda: (_ for _ in ()).throw(RuntimeError("by itself")))
+
+
+def test_a_run_is_ended_twice_and_goes_on(tmp_path: Path) -> None:
+    """While it renders its data, and while it trains, with its loader's workers hit by the same signal."""
+    from tests.cli.test_kill_and_resume import write_recipe
+
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
+    stage = out / "stages" / "task_agnostic"
+    long = "stages.task_agnostic.max_steps=400"
+
+    run = Launched(0, tmp_path / "early", "scripts/run_gkd.py", recipe, f"output_dir={out}", long)
+    run.until(lambda: "[data] rendering" in run.output(), "rendering")
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 0
+    assert run.output().endswith("SIGTERM: ended; the same command goes on where this run stood\n"), run.output()
+    assert not stage.exists()
+
+    run = Launched(0, tmp_path / "late", "scripts/run_gkd.py", recipe, f"output_dir={out}", long)
+    run.until(lambda: last_complete_checkpoint(stage), "checkpoint")
+    assert children(run.process.pid), "no loader worker"
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 0
+    last = last_complete_checkpoint(stage)
+    assert run.output().endswith(f"SIGTERM: saved {last}; the same command goes on from there\n"), run.output()
+    assert "Traceback" not in run.output() and not (stage / "finished.json").exists()
+    assert not (stage / ".saving").exists()
