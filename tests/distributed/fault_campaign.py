@@ -106,9 +106,10 @@ class Campaign:
         while not ended and self.tally.kills < self.kills:
             ended = self._one_start()
         if not ended:
+            stage, newest = self.stage(), self._newest()
             run = self.start(self.out, "last")
             assert run.wait(600) == 0, run.output()[-4000:]
-            self._goes_on_from(run, self._newest())
+            self._goes_on_from(run, stage, newest)
             self.tally.restarts += 1
         assert whole.wait(600) == 0, whole.output()[-4000:]
         return self.tally.as_dict() | {"bit_equal": self._is_equal()}
@@ -153,7 +154,7 @@ class Campaign:
                 run.kill()
         if code == 0:
             return True  # the process had done its work
-        self._goes_on_from(run, newest if stage == killed else None, stage)
+        self._goes_on_from(run, stage, newest)
         self.tally.seconds_to_end.append(time.monotonic() - began)
         self._count(run, killed, before, rank)
         return False
@@ -220,11 +221,14 @@ class Campaign:
                 tally.lost.append(f"{stage}: {before} before, {after} after, damaged {dict(found.passed_over)}")
         print(f"kill {tally.kills}: rank {rank}, {stage}, {moment}, step {before} before, {after} after", flush=True)
 
-    def _goes_on_from(self, run: Launched, step: int | None, stage: str | None = None) -> None:
-        """Count it as a loss if a start said that it goes on from an earlier step than the newest checkpoint's."""
-        told = re.search(rf"\[{stage or self.stage()}\] \d+ steps.*going on from step (\d+)", run.output())
-        if step is not None and told is not None and int(told[1]) != step:
-            self.tally.lost.append(f"goes on from step {told[1]}, not {step}")
+    def _goes_on_from(self, run: Launched, stage: str, step: int) -> None:
+        """Count it as a loss if a start that came to its stage did not go on from the newest checkpoint's step."""
+        told = re.search(rf"\[{stage}\] \d+ steps of [^\n]*", run.output())
+        if told is None or not step:
+            return
+        found = re.search(r"going on from step (\d+)", told[0])
+        if found is None or int(found[1]) != step:
+            self.tally.lost.append(f"'{told[0]}' does not go on from step {step}")
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
