@@ -75,7 +75,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def difference(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest difference of tensors, relative to each one's norm or, where it is tiny, to all norms' mean."""
+    """Return the largest difference of tensors, relative to its norm or, if that is tiny, to the mean norm."""
     assert ours.keys() == expected.keys()
     typical = sum(tensor.norm() for tensor in expected.values()) / len(expected)
     return max(
