@@ -6,12 +6,42 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from gkd_hf.errors import InputError
+
 if TYPE_CHECKING:
     from gkd_hf.training.stream_trainer import StreamTrainer
+
+
+def set_up_sharding(accelerator: Accelerator) -> None:
+    """Have Accelerate, if it is to shard, train the very model that its other engines train.
+
+    Raises:
+        InputError: a configuration by which it would not.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
+            raise InputError(
+                "Accelerate does not shard on CPUs: it would train with whole copies (take "
+                "scripts/accelerate/ddp.yaml for that, or GPUs)"
+            )
+        return
+    if plugin.fsdp_version != 2:
+        raise InputError("models are sharded by FSDP2 only: set fsdp_version to 2 in Accelerate's configuration")
+    if plugin.cpu_ram_efficient_loading:
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without the teacher's weights: set it "
+            "to false in Accelerate's configuration"
+        )
+    # Accelerate would compute all of bf16 training in bf16: losses, norms, the residual stream, the reduction of
+    # gradients. Autocast, by which the other engines train, knows better.
+    plugin.mixed_precision_policy = None
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from gkd_hf.training.numbered_samples import numbered_samples
 from gkd_hf.training.preemption import Preemption
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
-from gkd_hf.training.sharding import is_sharded, share_buffers, skeleton, whole_state_dict
+from gkd_hf.training.sharding import is_sharded, set_up_sharding, share_buffers, skeleton, whole_state_dict
 from gkd_hf.training.sigterm import Preempted, outlive_sigterm
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
@@ -92,8 +92,7 @@ class StreamTrainer(Trainer, ABC):
             callbacks=callbacks,
         )
         self.skeleton: nn.Module | None = None  # of a sharded model, before it was
-        if self.is_fsdp_enabled:
-            self._set_up_sharding()
+        set_up_sharding(self.accelerator)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(stage_progress(title))
@@ -116,14 +115,6 @@ class StreamTrainer(Trainer, ABC):
         self._counts: dict[str, int] = {}
         self._first_bad: dict[str, torch.Tensor] | None = None
         self._skipped: SkippedRows | None = None
-
-    def _set_up_sharding(self) -> None:
-        plugin = self.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise InputError("models are sharded by FSDP2 only: set fsdp_version to 2 in Accelerate's configuration")
-        # Accelerate would compute all of bf16 training in bf16: losses, norms, the residual stream, the reduction of
-        # gradients. Autocast, which trains everywhere else, knows better, so both ways give the same model.
-        plugin.mixed_precision_policy = None
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # The last that happens before Accelerate cuts the model, in place.
