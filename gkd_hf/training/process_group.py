@@ -138,7 +138,7 @@ def hung_peer(where: str, timeout: timedelta | None = None) -> InputError:
     Args:
         where: such as `in step 17 of task`. timeout: how long it was waited for, if that is known.
     """
-    waited = f" for {timeout.total_seconds() / 60:g} min" if timeout is not None else " in time"
+    waited = f" for {timeout.total_seconds() / 60:.3g} min" if timeout is not None else " in time"
     return InputError(
         f"no answer from another process{waited} {where}: it hangs, or its host or the network is gone. Look at that "
         "process (py-spy dump --pid …, nvidia-smi, its disk), then run the same command again: it goes on from the "

@@ -34,6 +34,7 @@ from tests.distributed.launched import Launched
 
 SAVE_STEPS = 2
 SHARES = {"saving": 0.5, "training": 0.25, "start": 0.25}  # of the kills in a stage
+SAVING = "saving a checkpoint"
 LATE = 0.16  # of all kills, for what comes after the stages
 
 
@@ -73,10 +74,12 @@ class Campaign:
 
     Args:
         folder: for everything. kills: wanted. processes: of the run. steps: of each stage.
+        saving: so many of the kills at least while a checkpoint is saved.
     """
 
-    def __init__(self, folder: Path, kills: int, processes: int, seed: int, steps: int):
+    def __init__(self, folder: Path, kills: int, processes: int, seed: int, steps: int, saving: int = 1):
         self.folder, self.kills, self.processes, self.steps = folder, kills, processes, steps
+        self.saving = saving
         self.random = random.Random(seed)
         self.tally = Tally()
         self.recipe = self._recipe()
@@ -103,7 +106,7 @@ class Campaign:
         """Disturb until enough kills are done, let it end, compare."""
         whole = self.start(self.folder / "whole", "whole")
         ended = False
-        while not ended and self.tally.kills < self.kills:
+        while not ended and (self.tally.kills < self.kills or self._saving_kills_missing() > 0):
             ended = self._one_start()
         if not ended:
             stage, newest = self.stage(), self._newest()
@@ -167,6 +170,8 @@ class Campaign:
             self._until(run, lambda: "[task] finished before" in run.output())
             return self._sleep(run, pick.uniform(0, 0.8))
         plan = pick.choices(list(SHARES), list(SHARES.values()))[0]
+        if self.kills - self.tally.kills <= self._saving_kills_missing():
+            plan = "saving"
         if plan == "start":
             return self._sleep(run, pick.uniform(0, 9))
         self._until(run, lambda: re.search(r"\] step \d+/", run.output()))
@@ -180,6 +185,9 @@ class Campaign:
             self._until(run, lambda: not self._saving())
             self._until(run, self._saving)
         return self._sleep(run, pick.uniform(0, 0.02))
+
+    def _saving_kills_missing(self) -> int:
+        return self.saving - self.tally.by_moment[SAVING]
 
     def _saving(self) -> bool:
         stages = self.out / "stages"
@@ -201,7 +209,7 @@ class Campaign:
         folder = self.out / "stages" / stage
         trained = re.search(rf"\[{stage}\] step \d+/", run.output()) is not None
         if trained and (folder / ".saving").is_dir():
-            moment = "saving a checkpoint"
+            moment = SAVING
         elif (folder / ".model.new").is_dir():
             moment = "writing a model"
         elif trained:

@@ -118,6 +118,9 @@ def test_a_checkpoint_of_another_engine_is_refused(record: dict[str, str], messa
     path.write_text(json.dumps(json.loads(path.read_text()) | record))
     with pytest.raises(InputError, match=message):
         distillation_trainer(folder).train(resume_from_checkpoint=True)
+    message = "was saved without sharding .*, this run trains sharded by FSDP; launch it as it was begun"
+    with pytest.raises(InputError, match=message):
+        checkpoints.check_resumable(folder / "checkpoint-4", "fsdp", 2)
 
 
 def test_deepspeed_goes_on_with_as_many_processes_only(folder: Path) -> None:
