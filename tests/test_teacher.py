@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from gkd_hf import GKDTeacher, InputError
 from gkd_hf.models.encoders import adapter_for
@@ -78,3 +84,91 @@ def test_bad_teachers_are_refused() -> None:
         GKDTeacher(ENCODERS["resnet"], geometry="resample_patch_embed")
     with pytest.raises(InputError, match="encoders of type 'gpt2' are not supported"):
         GKDTeacher({"model_type": "gpt2"})
+
+
+def test_bf16_weights_give_nearly_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    teacher = GKDTeacher(ENCODERS["dinov2"])
+    pixels = torch.randn(4, 3, 32, 32)
+    expected = teacher(pixels, (4, 4), HALF, HALF)
+    teacher.halve()
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in teacher.buffers()} == {torch.float32}  # the statistics of its images
+    with torch.autocast("cpu", torch.bfloat16):
+        output = teacher(pixels, (4, 4), HALF, HALF)
+    for ours, theirs in ((output.patches, expected.patches), (output.cls, expected.cls)):
+        error = ((ours.float() - theirs).norm() / theirs.norm()).item()
+        assert 0 < error < 0.01  # measured: 0.005
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_leaves_batch_norms_as_they_are(autocast: bool) -> None:
+    torch.manual_seed(0)
+    teacher = GKDTeacher(ENCODERS["resnet"])
+    pixels = torch.randn(4, 3, 64, 64)
+    expected = teacher(pixels, (4, 4), HALF, HALF)
+    teacher.halve()
+    for module in teacher.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, nn.BatchNorm2d):
+            assert all(tensor.dtype != torch.bfloat16 for tensor in tensors)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = teacher(pixels, (4, 4), HALF, HALF)
+    error = ((output.patches.float() - expected.patches).norm() / expected.patches.norm()).item()
+    assert 0 < error < 0.02  # measured: 0.008
+
+
+def test_bf16_weights_are_resampled_as_bf16() -> None:
+    teacher = GKDTeacher({**ENCODERS["dinov2"], "patch_size": 14, "image_size": 28}, geometry="resample_patch_embed")
+    teacher.halve()
+    teacher.fit_geometry(32, (2, 2))
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    assert teacher(torch.randn(1, 3, 32, 32), (2, 2), HALF, HALF).grid == (2, 2)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[DeviceMesh]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_sharded_teacher_keeps_its_geometry(group_of_one: DeviceMesh) -> None:
+    teacher = GKDTeacher({**ENCODERS["dinov2"], "patch_size": 14, "image_size": 28}, geometry="resample_patch_embed")
+    teacher.fit_geometry(32, (2, 2))
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = teacher(pixels, (2, 2), HALF, HALF)
+    whole = [weakref.ref(parameter) for parameter in (*teacher._original[0].parameters(), *teacher.parameters())]
+    teacher.shard(group_of_one)
+    gc.collect()
+    assert teacher.sharded and [parameter for parameter in whole if parameter() is not None] == []
+    assert all(isinstance(parameter, DTensor) for parameter in teacher.parameters())
+    output = teacher(pixels, (2, 2), HALF, HALF)
+    assert torch.equal(output.patches, expected.patches) and torch.equal(output.cls, expected.cls)
+    assert all(isinstance(parameter, DTensor) for parameter in teacher.parameters())  # again
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    teacher.fit_geometry(32, (2, 2))
+    teacher.shard(group_of_one)  # it is already
+    with pytest.raises(InputError, match="sharded for images of 32 pixels and cannot be resampled to 40"):
+        teacher.fit_geometry(40, (2, 2))
+    with pytest.raises(InputError, match="halve it before it is sharded"):
+        teacher.halve()
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_any_teacher_can_be_sharded(kind: str, group_of_one: DeviceMesh) -> None:
+    """A final norm beside the encoder's forward, batch norms of another precision."""
+    teacher = GKDTeacher(ENCODERS[kind])
+    teacher.halve()
+    pixels = torch.randn(1, 3, 64, 64)
+    expected = teacher(pixels, (4, 4), HALF, HALF)
+    teacher.shard(group_of_one)
+    assert torch.equal(teacher(pixels, (4, 4), HALF, HALF).patches, expected.patches)
+
+
+def test_large_teachers_are_those_of_half_a_billion_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = GKDTeacher(ENCODERS["dinov2"])
+    assert not teacher.large
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    monkeypatch.setattr("gkd_hf.teacher.LARGE", size)
+    assert teacher.large

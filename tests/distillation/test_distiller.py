@@ -136,3 +136,37 @@ def test_attention_is_looked_at_when_asked() -> None:
     assert losses.keys() - model(**batch).keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value)
+
+
+def saved_bytes_and_gradients(model: GKDDistiller, batch: dict[str, object]) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that the forward keeps for the backward, each storage once, and what the backward gives."""
+    kept: dict[int, torch.UntypedStorage] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch)["total"]
+    size = sum(storage.nbytes() for storage in kept.values())
+    loss.backward()
+    return size, {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "swin"])
+def test_activation_checkpointing_keeps_less_and_gives_the_same(kind: str) -> None:
+    plain = make_distiller(kind).train()
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing_enable()
+    batch = make_batch()
+    torch.manual_seed(2)  # Swin drops paths
+    size, expected = saved_bytes_and_gradients(plain, batch)
+    torch.manual_seed(2)
+    less, gradients = saved_bytes_and_gradients(saving, batch)
+    assert less < 0.6 * size
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-9, msg=name)

@@ -38,6 +38,8 @@ def distilling(encoder: str, mesh: DeviceMesh) -> tuple[nn.Module, Callable]:
     sharded = copy.deepcopy(plain)
     sharded.shard(mesh)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
+    assert held < 1.1 * sum(parameter.numel() for parameter in plain.parameters()) / mesh.size()
     model = GKDDistiller(student, GKDObjective(student.adapter.width, plain.width))
     grid = plain.grid_for(SIZE)
 
