@@ -4,7 +4,7 @@ Modules, losses and optimiser are those of the trainers; `FakeTensorMode` gives 
 but no values, so a teacher of a billion parameters takes as much room as a small one. `LiveMemory` counts the
 storages that are alive and the multiplications.
 
-What a simulated GPU does differently from a CPU is done here too (`_as_on_gpu`): attention takes the fused kernels,
+What a simulated GPU does differently from a CPU is done here too (`as_on_gpu`): attention takes the fused kernels,
 which never hold the N×N matrix, and autocast keeps norms and softmax in fp32. Not counted: what a kernel needs inside
 itself (cuDNN's workspaces), the allocator's gaps, and what torch and NCCL hold from the start.
 """
@@ -153,10 +153,14 @@ class Step(ABC):
                     module.to_empty(device="cpu")
             model.train()
             if self.on_gpu:
-                stack.enter_context(_as_on_gpu())
+                stack.enter_context(as_on_gpu())
             stack.enter_context(mock.patch.object(modeling_mask2former, "linear_sum_assignment", _any_assignment))
             lessons = [self._lesson(teacher, batch) for batch in batches]
-            optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), fused=True)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimiser = torch.optim.AdamW(trained, fused=True)
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            optimiser.step()  # makes its states, which every later step finds
             plain = tuple(self._cost(modules, optimiser, lesson) for lesson in lessons)
             try:
                 # The random state of a fake tensor's device cannot be kept, and weighs nothing.
@@ -331,7 +335,7 @@ class _KnownClasses(TorchFunctionMode):
 
 
 @contextmanager
-def _as_on_gpu() -> Iterator[None]:
+def as_on_gpu() -> Iterator[None]:
     """Let functions on CPU tensors choose the kernels and the precision that they would choose on a GPU.
 
     They are replaced, not intercepted by a `TorchFunctionMode`: activation checkpointing calls them from within the

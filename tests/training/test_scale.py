@@ -1,0 +1,273 @@
+"""Scale on paper: simulated steps against real ones and against hand-worked counts, and what --plan --gpus prints."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from gkd_hf.models.loading import config_from_mapping
+from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training.live_memory import LiveMemory
+from gkd_hf.training.plan import PlannedEncoder
+from gkd_hf.training.recipe_file import load_recipe
+from gkd_hf.training.scale import RESERVED, Layout, StageScale, stage_scale
+from gkd_hf.training.scale_question import ScaleQuestion
+from gkd_hf.training.scale_table import scale_report
+from gkd_hf.training.step_cost import DistillationStep, SegmentationStep, Step, StepCost, as_on_gpu
+from tests.tiny import ENCODERS, MASK2FORMER
+
+ROOT = Path(__file__).parents[2]
+STUDENT, TEACHER = config_from_mapping(ENCODERS["vit"]), config_from_mapping(ENCODERS["dinov2"])
+AS_HERE: dict[str, Any] = {"precision": "fp32", "on_gpu": False}
+STEPS: dict[str, Step] = {
+    "vit": DistillationStep(STUDENT, TEACHER, 64, **AS_HERE),
+    "resnet": DistillationStep(config_from_mapping(ENCODERS["resnet"]), TEACHER, 64, **AS_HERE),
+    "mask2former": SegmentationStep(STUDENT, 64, decode_head=MASK2FORMER, classes=12, **AS_HERE),
+}
+
+
+def real_peak(step: Step, batch: int, checkpointing: bool) -> int:
+    """Bytes that torch's allocator has given out at the most in two real steps, by the profiler's own records."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+        model, _, _, teacher = step.build()
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        for _ in range(2):
+            pixels = torch.randn(batch, 3, step.image_size, step.image_size)
+            if teacher is None:
+                labels = torch.arange(step.image_size)[:, None].expand(batch, -1, step.image_size) * 12
+                loss = model(pixel_values=pixels, labels=labels // step.image_size).loss
+            else:
+                loss = step.loss(model, pixels, step.teach(teacher, pixels))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            del pixels, loss
+    events = sorted(
+        (event for event in records.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    return int(np.cumsum([event.nbytes() for event in events]).max())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_estimate_is_what_a_real_step_takes(name: str) -> None:
+    costs = STEPS[name].costs((4,))
+    assert (costs[True] is None) == (name == "resnet")
+    for checkpointing, cost in costs.items():
+        if cost is not None:
+            assert cost[0].total() == pytest.approx(real_peak(STEPS[name], 4, checkpointing), rel=0.2)
+
+
+@cache
+def costs(**changes: Any) -> dict[bool, tuple[StepCost, ...] | None]:
+    return DistillationStep(STUDENT, TEACHER, 64, **changes).costs((4, 8, 12))
+
+
+@pytest.mark.parametrize(("precision", "teacher_bytes"), [("bf16", 2), ("fp32", 4)])
+def test_weights_are_counted_in_their_precision(precision: str, teacher_bytes: int) -> None:
+    cost = costs(precision=precision)[False][0]
+    model, student, heads, teacher = STEPS["vit"].build()
+    parameters = sum(p.numel() for p in student.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert cost.student.bytes == 4 * parameters
+    assert cost.heads.bytes == 4 * sum(p.numel() for p in heads.parameters())
+    statistics = 2 * 3 * 4  # image mean and standard deviation stay in fp32
+    assert cost.teacher.bytes == teacher_bytes * sum(p.numel() for p in teacher.parameters()) + statistics
+    assert cost.optimiser == sum(8 * p.numel() + 4 for p in trained)  # two moments, and the step
+    gradients = cost.moments["optimiser"][:, 3:].max(0)
+    assert gradients.sum() == 4 * sum(p.numel() for p in trained)
+    copies = cost.moments["forward"][:, 2].max()
+    assert (0 < copies < 2 * parameters + 2 * cost.heads.bytes) if precision == "bf16" else copies == 0
+
+
+def test_operations_of_a_vit_are_those_worked_out_by_hand() -> None:
+    batch, width, hidden, patch, layers, grid = 2, 24, 48, 8, 4, 4
+    tokens = grid**2 + 1
+    with torch.device("meta"):
+        teacher = GKDTeacher(STUDENT)
+    # torch has no formula for the CPU's fused attention, only for the GPU's.
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu(), LiveMemory(("activations",)) as memory:
+        mean = torch.zeros(1, 3, 1, 1)
+        teacher.to_empty(device="cpu")(torch.zeros(batch, 3, 32, 32), (grid, grid), mean, mean + 1)
+    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
+    embedding = grid**2 * 3 * patch**2 * width
+    assert memory.flops == 2 * batch * (layers * block + embedding)
+
+
+def test_backward_costs_twice_the_forward_and_is_counted_as_torch_does() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 8))
+    with LiveMemory(("activations",)) as memory:
+        forward = layers(torch.zeros(5, 16, requires_grad=True))
+        assert memory.flops == 2 * 5 * (16 * 32 + 32 * 8)
+        forward.sum().backward()
+    assert memory.flops == 3 * 2 * 5 * (16 * 32 + 32 * 8)
+    step = STEPS["vit"]
+    model, _, _, teacher = step.build()
+    with FlopCounterMode(display=False) as counter:
+        pixels = torch.zeros(4, 3, 64, 64)
+        step.loss(model, pixels, step.teach(teacher, pixels)).backward()
+    assert step.costs((4,))[False][0].flops == counter.get_total_flops()
+
+
+def test_live_memory_forgets_what_is_gone() -> None:
+    with LiveMemory(("activations", "kept")) as memory, memory.phase("all", "activations"):
+        first = torch.zeros(1000)
+        second = first + 1
+        memory.claim([second], "kept")
+        del first
+        view = second[:10]
+        assert view.sum() == 10
+    assert memory.live["activations"] == 0
+    assert memory.live["kept"] == 4000
+    assert max(map(sum, memory.history["all"])) >= 8000
+
+
+def test_every_moment_is_affine_in_the_batch() -> None:
+    for each in costs(precision="bf16").values():
+        small, middle, large = each
+        assert 3 * small.flops == large.flops
+        for phase in ("teacher", "forward", "backward", "optimiser"):
+            a, b, c = (cost.moments[phase] for cost in (small, middle, large))
+            assert a.shape == b.shape == c.shape
+            assert np.array_equal(c - b, b - a)
+
+
+def test_a_gpu_never_holds_an_attention_matrix() -> None:
+    width, tokens, heads = 24, 64 * 64 + 1, 2
+    config = config_from_mapping(ENCODERS["vit"] | {"image_size": 512})
+    cost = DistillationStep(config, config, 512).costs((2,))[False][0]
+    assert cost.total() < 2 * heads * tokens**2 * 2  # one block's matrices of two images in bf16
+    assert cost.total() > 2 * tokens * width * 2
+
+
+def scale(*overrides: str, sharding: str = "auto") -> StageScale:
+    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", [f"teacher.sharding={sharding}", *overrides])
+    encoders = (PlannedEncoder("student", STUDENT, False), PlannedEncoder("teacher", TEACHER, False))
+    return stage_scale(recipe, "task_agnostic", recipe.stages.task_agnostic, *encoders)
+
+
+BATCH = ("stages.task_agnostic.batch_size=64", "stages.task_agnostic.precision=bf16")
+
+
+def test_fsdp_divides_weights_gradients_and_optimiser() -> None:
+    each = scale(*BATCH, "stages.task_agnostic.ema_decay=0.99", sharding="always")
+    cost = each.costs[False][0]
+    for gpus in (2, 8):
+        parts = each.footprint(Layout(gpus, fsdp=True)).parts
+        assert parts["student's weights"] == cost.student.bytes / gpus
+        assert parts["student's gradients"] == 4 * cost.student.trained / gpus
+        assert parts["optimiser's states"] == pytest.approx(8 * cost.student.trained / gpus, rel=0.02)
+        assert parts["weight average"] == 4 * (cost.student.trained + cost.heads.trained) / gpus
+        student = STEPS["vit"].build()[1].encoder
+        largest = max(sum(p.numel() for p in layer.parameters()) for layer in (student.embeddings, student.layers[0]))
+        assert cost.student.largest_layer == largest
+        gathered = cost.student.outside + 2 * largest + cost.heads.parameters
+        assert parts["gathered layers"] == 4 * 2 * gathered
+        layers = cost.teacher.outside + 2 * cost.teacher.largest_layer
+        assert parts["teacher's weights"] == pytest.approx(cost.teacher.bytes / gpus + 2 * layers, rel=0.01)
+        assert "gradient buckets" not in parts
+    assert scale(*BATCH, sharding="never").footprint(Layout(8)).parts["teacher's weights"] == cost.teacher.bytes
+    assert not scale(*BATCH).shards_teacher(8)  # small
+
+
+def test_ddp_keeps_everything_and_adds_buckets() -> None:
+    each = scale(*BATCH)
+    cost = each.costs[False][0]
+    alone, together = each.footprint(Layout(1)), each.footprint(Layout(8))
+    assert "gradient buckets" not in alone.parts
+    assert together.parts["gradient buckets"] == 4 * (cost.student.trained + cost.heads.trained)
+    assert together.parts["student's weights"] == alone.parts["student's weights"]
+    assert together.parts["activations"] == pytest.approx(alone.parts["activations"] / 8, rel=0.1)
+    accumulated = each.footprint(Layout(1, accumulation=8))
+    assert accumulated.parts["student's gradients"] == 4 * cost.student.trained
+    assert accumulated.parts["activations"] == pytest.approx(together.parts["activations"], rel=0.01)
+    again = each.footprint(Layout(1, checkpointing=True))
+    assert again.parts["activations"] < 0.7 * alone.parts["activations"]
+    assert each.step_flops(True) > 1.05 * each.step_flops(False)
+    question = ScaleQuestion(1, tflops=100, utilisation=0.5)
+    assert each.hours(3600, 2, False, question) == pytest.approx(each.step_flops(False) / 1e14)
+
+
+def test_the_advice_fits() -> None:
+    each = scale("stages.task_agnostic.batch_size=4096", "stages.task_agnostic.precision=bf16")
+    memory = (RESERVED + 0.7 * (each.footprint(Layout(2)).total - RESERVED)) / 1e9
+    ways = each.ways_to_fit(2, memory)
+    assert any(layout.accumulation > 1 and not layout.checkpointing for layout, _ in ways)
+    assert any(layout.checkpointing and layout.accumulation == 1 for layout, _ in ways)
+    for layout, footprint in ways:
+        assert footprint.fits(memory)
+        assert footprint.total == each.footprint(layout).total
+    smallest = each.smallest(memory)
+    assert each.footprint(smallest).fits(memory)
+    assert not each.footprint(Layout(1)).fits(memory)
+    assert each.smallest(0.001) is None
+
+
+def test_report_tells_what_fits_and_what_to_do() -> None:
+    recipe = load_recipe(
+        ROOT / "scripts/recipes/quickstart.yaml",
+        ["stages.task_agnostic.batch_size=4096", "stages.domain_agnostic=null", "stages.task.batch_size=6"],
+    )
+    text = scale_report(recipe, ScaleQuestion(4, memory=2.0))
+    first, task = text.split("scale of stage ")[1:]
+    assert max(map(len, text.splitlines())) <= 100
+    assert "4 GPUs of 2 GB, ddp: DOES NOT FIT" in first
+    assert "fits with stages.task_agnostic.gradient_accumulation_steps=" in first
+    assert [line.split()[0] for line in first.splitlines() if line[:7].strip().isdigit()] == [
+        str(2**power) for power in range(10)
+    ]
+    assert "no row for 4 … 512: so many GPUs cannot share 6 images evenly" in task
+    assert "4 GPUs cannot share the 6 images of a step of task evenly: at most 3 can" in task
+    roomy = scale_report(recipe, ScaleQuestion(2, memory=80))
+    assert roomy.count(": fits, ") == 2
+    assert "*" not in roomy.split("scale of stage ", 1)[1]
+
+
+def run_gkd(*words: str) -> int:
+    spec = importlib.util.spec_from_file_location("run_gkd", ROOT / "scripts" / "run_gkd.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(words))
+
+
+def test_unknown_encoders_are_said_to_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "scripts/recipes/gtav_dinov2b_deits.yaml")
+    assert run_gkd(path, "student.encoder=org/other", "--plan", "--gpus", "8", "--memory", "40") == 0
+    text = capsys.readouterr().out
+    assert "40 GB" in text
+    for name in ("task_agnostic", "domain_agnostic", "task"):
+        assert f"scale of stage {name}: memory is unknown without the Hub, which knows org/other" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--plan", "--gpus", "x"),
+        ("--plan", "--gpus", "0"),
+        ("--plan", "--gpus", "1.5"),
+        ("--plan", "--gpus", "8", "--memory", "-1"),
+        ("--plan", "--gpus", "8", "--memory", "80GB"),
+        ("--plan", "--gpus", "8", "--gpu-tflops", "nan"),
+        ("--plan", "--gpus", "8", "--utilisation", "35"),
+        ("--plan", "--memory", "80"),
+        ("--gpus", "8"),
+    ],
+    ids=" ".join,
+)
+def test_nonsense_is_refused_in_one_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_gkd(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words[-2]} ")
+    assert len(error.splitlines()) == 1
