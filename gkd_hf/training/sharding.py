@@ -49,6 +49,13 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def reshard(module: nn.Module) -> None:
+    """Cut again what a forward that no backward followed has left whole: the parameters of the root."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def share_buffers(module: nn.Module) -> None:
     """Give every process the buffers of the first: FSDP2 leaves running statistics to each, DDP keeps those."""
     for buffer in module.buffers():

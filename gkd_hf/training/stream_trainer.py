@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.errors import InputError
@@ -32,7 +33,7 @@ from gkd_hf.training.numbered_samples import numbered_samples
 from gkd_hf.training.preemption import Preemption
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
-from gkd_hf.training.sharding import is_sharded, set_up_sharding, share_buffers, skeleton, whole_state_dict
+from gkd_hf.training.sharding import is_sharded, reshard, set_up_sharding, share_buffers, skeleton, whole_state_dict
 from gkd_hf.training.sigterm import Preempted, outlive_sigterm
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
@@ -122,6 +123,12 @@ class StreamTrainer(Trainer, ABC):
             self.skeleton = skeleton(self.model)
         return super()._wrap_model(model, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate or predict as `Trainer` does."""
+        output = super().evaluation_loop(*args, **kwargs)
+        reshard(self.model)
+        return output
+
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -129,11 +136,14 @@ class StreamTrainer(Trainer, ABC):
         if not isinstance(self.train_dataset, SampleStream):
             samples = numbered_samples(self.train_dataset, self.args)
             if samples is None:
-                return super().get_train_dataloader()
-            batch = self.args.per_device_train_batch_size
-            return self._get_dataloader(
-                samples, "Training", batch, sampler_fn=lambda _: samples.order, is_training=True
-            )
+                loader = super().get_train_dataloader()
+            else:
+                batch = self.args.per_device_train_batch_size
+                loader = self._get_dataloader(
+                    samples, "Training", batch, sampler_fn=lambda _: samples.order, is_training=True
+                )
+            loader.worker_init_fn = partial(outlive_sigterm, first=loader.worker_init_fn)
+            return loader
         args = self.args
         stream = self.train_dataset.shard(
             args.per_device_train_batch_size,
