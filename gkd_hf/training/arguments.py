@@ -58,6 +58,11 @@ class StageArguments(TrainingArguments):
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise InputError(f"ema_decay must lie between 0 and 1, both excluded, got {self.ema_decay}")
+        if self.save_on_each_node:
+            raise InputError(
+                "save_on_each_node would write every checkpoint once per host into one folder: leave it out, and take "
+                "an output_dir that all hosts share"
+            )
         super().__post_init__()
         if self.device.type == "cuda":
             # One process drives one GPU: torch's DataParallel would cut batches away from their masks.

@@ -7,6 +7,7 @@ adds `complete.json` (name, size and crc32 of every file), forces all of it to t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -244,6 +245,13 @@ def refused_writes(folder: str | os.PathLike, step: int, is_main: bool) -> Itera
             f"({free / 2**20:.0f} MiB are free there); make room or mend the disk, then run the same command again: "
             f"it {then}"
         ) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error, of whatever was being written, says that there is no room."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in str(error)
 
 
 def _is_of_the_disk(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gkd_hf.errors import InputError, refused
+from gkd_hf.training.checkpoints import is_full_disk
 from gkd_hf.training.process_group import end_process_group, is_lost_peer, leave, several, tell_lost_peer
 from gkd_hf.training.sigterm import ENDED, Preempted, sigterm_came
 
@@ -36,7 +37,9 @@ def exit_code(run: Callable[[], Any]) -> int:
     except Exception as error:
         # The launcher, which has seen the first failure, may end the survivors while they wait to tell theirs.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if is_lost_peer(error):
+        if is_full_disk(error):
+            code = refused(InputError(f"{error}: make room, then run the same command again: nothing is lost"))
+        elif is_lost_peer(error):
             code = tell_lost_peer(error, at_once=sigterm_came())
         elif sigterm_came() and isinstance(error, RuntimeError):
             # The signal went to loader workers too, and the loader says so.

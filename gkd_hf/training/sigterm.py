@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -57,11 +57,16 @@ def ending_at_once() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
 
 
-def outlive_sigterm(worker: int = 0) -> None:
+def outlive_sigterm(worker: int, first: Callable[[int], None] | None = None) -> None:
     """Let a loader's worker outlive a SIGTERM sent to the whole process group: the step that saves needs its samples.
 
     A second one ends it, so the loader can still end a worker that hangs. Meant as ``worker_init_fn``.
+
+    Args:
+        worker: its number. first: what else is to be done when a worker begins.
     """
+    if first is not None:
+        first(worker)
 
     def take(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -142,7 +142,8 @@ class StreamTrainer(Trainer, ABC):
                 loader = self._get_dataloader(
                     samples, "Training", batch, sampler_fn=lambda _: samples.order, is_training=True
                 )
-            loader.worker_init_fn = partial(outlive_sigterm, first=loader.worker_init_fn)
+            read = loader.base_dataloader  # Accelerate's own only passes batches on
+            read.worker_init_fn = partial(outlive_sigterm, first=read.worker_init_fn)
             return loader
         args = self.args
         stream = self.train_dataset.shard(

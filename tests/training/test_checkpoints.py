@@ -243,6 +243,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Pa
     assert trainer.state.global_step == 0
 
 
+def test_one_folder_is_not_written_by_every_host(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="save_on_each_node would write every checkpoint once per host"):
+        distillation_trainer(tmp_path, save_on_each_node=True)
+
+
 FULL_DISK = """
 import shutil, subprocess, sys
 from pathlib import Path

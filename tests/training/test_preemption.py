@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -61,6 +62,21 @@ def test_a_stage_saves_at_the_end_of_its_step(step: int, tmp_path: Path, capfd: 
     assert_equal(weights(again), weights(whole))
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_loader_workers_outlive_a_signal_to_all(streamed: bool, tmp_path: Path) -> None:
+    trainer = distillation_trainer(tmp_path, dataloader_num_workers=1)
+    if not streamed:
+        stream = iter(trainer.train_dataset.shard(1, rank=0, world_size=1))
+        trainer.train_dataset = [{"pixel_values": next(stream)["pixel_values"].float()} for _ in range(24)]
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(4):  # more than were fetched before
+        assert len(next(batches)["pixel_values"]) == 4
+    assert worker.is_alive()
+
+
 def test_without_a_signal_the_handler_comes_back_too(tmp_path: Path) -> None:
     distillation_trainer(tmp_path, max_steps=2).train()
     assert signal.getsignal(signal.SIGTERM) is mine and not sigterm.sigterm_came()
@@ -91,6 +107,18 @@ def test_what_falls_over_because_of_the_signal_does_not_hide_it(capfd: pytest.Ca
     assert capfd.readouterr().err.endswith("the same command goes on where this run stood\n")
     with pytest.raises(RuntimeError, match="by itself"), ending_at_once():
         ending.exit_code(lambda: (_ for _ in ()).throw(RuntimeError("by itself")))
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("something")
+
+    if not os.path.exists("/dev/full"):
+        pytest.skip("nothing is full here")
+    assert ending.exit_code(write) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("error: [Errno 28] No space left on device") and line.count("\n") == 1
 
 
 def test_a_run_is_ended_twice_and_goes_on(tmp_path: Path) -> None:
