@@ -74,8 +74,9 @@ def _heading(scale: StageScale, steps: int | None) -> list[str]:
     batch = f"{stage.batch_size} images of {stage.image_size}² a step"
     batch += f" in {accumulated} micro batches" if accumulated > 1 else ""
     lines = [
-        f"scale of stage {scale.name}: {batch}, {precision}",
-        f"  {work}, {'steps unknown' if steps is None else f'{steps:,} steps'}{_teacher(scale)}",
+        f"scale of stage {scale.name}: {batch}, {'steps unknown' if steps is None else f'{steps:,} steps'}",
+        f"  {precision}{_teacher(scale)}",
+        f"  {work}",
     ]
     if scale.costs[True] is None:
         lines.append("  no +ac: transformers does not recompute the activations of this student")
@@ -94,6 +95,10 @@ def _columns(layouts: list[Layout]) -> str:
 
 def _title(layout: Layout) -> str:
     return ("fsdp2" if layout.fsdp else "ddp") + ("+ac" if layout.checkpointing else "")
+
+
+def _launch(layout: Layout) -> str:
+    return _title(layout) if layout.gpus > 1 else _title(layout).replace("ddp", "single")
 
 
 def _table(scale: StageScale, steps: int | None, question: ScaleQuestion) -> list[str]:
@@ -199,14 +204,13 @@ def _part(footprint: Footprint, name: str) -> str:
 def _verdict(scale: StageScale, question: ScaleQuestion) -> list[str]:
     stage, gpus = scale.stage, question.gpus
     again = stage.activation_checkpointing and scale.costs[True] is not None
-    own = scale.footprint(Layout(gpus, stage.gradient_accumulation_steps, False, again))
-    where = f"{gpus} GPU{'s' if gpus > 1 else ''} of {question.memory:g} GB, {'ddp' if gpus > 1 else 'one process'}"
-    setting = f"{where}{', +ac' if again else ''}"
-    smallest = scale.smallest(question.memory)
+    layout = Layout(gpus, stage.gradient_accumulation_steps, False, again)
+    setting = f"{gpus} GPU{'s' if gpus > 1 else ''} of {question.memory:g} GB, {_launch(layout)}"
+    own, smallest = scale.footprint(layout), scale.smallest(question.memory)
     fewest = (
         f"no number of GPUs up to {LARGEST_RUN} fits as it is"
         if smallest is None
-        else f"the fewest that fit: {smallest.gpus} ({_title(smallest)})"
+        else f"the fewest that fit: {smallest.gpus} ({_launch(smallest)})"
     )
     total = own.total / GIGABYTE
     if own.fits(question.memory):
@@ -215,7 +219,7 @@ def _verdict(scale: StageScale, question: ScaleQuestion) -> list[str]:
     ways = scale.ways_to_fit(gpus, question.memory)
     if not ways:
         return [*lines, "  nothing helps on so many GPUs: take more of them, a smaller teacher or smaller images"]
-    return lines + [f"  fits with {_advice(scale, layout)}: {found.total / GIGABYTE:.1f} GB" for layout, found in ways]
+    return lines + [f"  fits with {_advice(scale, way)}: {found.total / GIGABYTE:.1f} GB" for way, found in ways]
 
 
 def _advice(scale: StageScale, layout: Layout) -> str:
