@@ -166,9 +166,9 @@ class Campaign:
         pick = self.random
         if stage == "evaluation":
             if pick.random() < 0.3:
-                return self._sleep(run, pick.uniform(0, 8))
+                return self._sleep(run, pick.uniform(0, 6))
             self._until(run, lambda: "[task] finished before" in run.output())
-            return self._sleep(run, pick.uniform(0, 0.8))
+            return self._sleep(run, pick.uniform(0, 0.4))
         plan = pick.choices(list(SHARES), list(SHARES.values()))[0]
         if self.kills - self.tally.kills <= self._saving_kills_missing():
             plan = "saving"
@@ -177,14 +177,17 @@ class Campaign:
         self._until(run, lambda: re.search(r"\] step \d+/", run.output()))
         if plan == "training":
             return self._sleep(run, pick.uniform(0, 0.4))
-        # So many saves that the kills that are left are shared out over the saves that are left.
-        index = STAGES.index(self.stage()) if self.stage() in STAGES else len(STAGES)
-        left = (len(STAGES) - index) * self.steps - self._newest()
-        kills = max(1.0, (1 - LATE) * self.kills - self.tally.kills)
-        for _ in range(pick.randint(1, max(1, int(1.5 * left / SAVE_STEPS / kills)))):
+        for _ in range(self._saves_to_wait_for()):
             self._until(run, lambda: not self._saving())
             self._until(run, self._saving)
         return self._sleep(run, pick.uniform(0, 0.02))
+
+    def _saves_to_wait_for(self) -> int:
+        """So many that the kills a stage is due are shared out over the saves it has left; then on to the next."""
+        index = STAGES.index(self.stage()) if self.stage() in STAGES else len(STAGES)
+        due = (index + 1) * (1 - LATE) / len(STAGES) * self.kills - self.tally.kills
+        left = (self.steps - self._newest()) // SAVE_STEPS
+        return left + 1 if due < 1 else self.random.randint(1, max(1, int(1.5 * left / due)))
 
     def _saving_kills_missing(self) -> int:
         return self.saving - self.tally.by_moment[SAVING]
@@ -194,7 +197,9 @@ class Campaign:
         return any((stages / name / ".saving").is_dir() for name in STAGES)
 
     def _until(self, run: Launched, happened: Any) -> None:
-        while run.process.poll() is None and not happened():
+        """Wait for something; no longer than to the run's end, nor to the stages' end where they were under way."""
+        late = self.stage() == "evaluation"
+        while run.process.poll() is None and not happened() and (late or self.stage() != "evaluation"):
             time.sleep(0.0005)
 
     def _sleep(self, run: Launched, seconds: float) -> None:
