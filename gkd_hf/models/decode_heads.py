@@ -89,6 +89,8 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         loss, terms = self._loss(classes, masks, labels)
         return HeadOutput(logits, loss, terms)
 
+    # Which classes an image has, and the matching on the host, are nothing to compile: every batch would be new.
+    @torch.compiler.disable
     def _loss(
         self, classes: list[torch.Tensor], masks: tuple[torch.Tensor, ...], labels: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

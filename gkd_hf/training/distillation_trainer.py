@@ -132,6 +132,8 @@ class GKDDistillationTrainer(StreamTrainer):
             self.teacher.halve()
         if not self._share_teacher:
             self.teacher.to(args.device)
+        if args.torch_compile:  # Trainer does it for the model; in place, so that the teacher stays what it is
+            self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.student_mean = torch.tensor(student.config.image_mean, device=args.device).view(1, 3, 1, 1)
         self.student_std = torch.tensor(student.config.image_std, device=args.device).view(1, 3, 1, 1)
         self._near_chance = 0

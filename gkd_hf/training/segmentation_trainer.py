@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, default_data_collator
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from gkd_hf.data.bad_rows import check_bad_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
@@ -59,6 +60,9 @@ class GKDSegmentationTrainer(StreamTrainer):
         if args.activation_checkpointing:
             model.check_activation_checkpointing()
         collator = collate if isinstance(train_dataset, SampleStream) else default_data_collator
+        if args.torch_compile:
+            # An encoder's first call sets up how it tells its hidden states, which would break the graph.
+            maybe_install_capturing_hooks(model.student.encoder)
         super().__init__(
             model,
             args,
