@@ -45,7 +45,7 @@ def train(case: tuple, batch: int, again: bool, device: str, folder: str) -> Non
     import torch
 
     from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
-    from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
+    from gkd_hf.training import arguments as kinds
     from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
     from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 
@@ -53,7 +53,8 @@ def train(case: tuple, batch: int, again: bool, device: str, folder: str) -> Non
     distils = isinstance(other, dict)
     settings = {"bf16": device == "cuda", "use_cpu": device == "cpu", "save_strategy": "no", "disable_tqdm": True}
     settings |= {"max_steps": 2, "per_device_train_batch_size": batch, "activation_checkpointing": again}
-    arguments = (GKDDistillationArguments if distils else GKDSegmentationArguments)(output_dir=folder, **settings)
+    kind = kinds.GKDDistillationArguments if distils else kinds.GKDSegmentationArguments
+    arguments = kind(output_dir=folder, **settings)
     sample = {"pixel_values": torch.randn(3, size, size)}
     student = GKDStudentModel.from_encoder(student_config, image_size=size)
     if distils:
@@ -67,7 +68,7 @@ def train(case: tuple, batch: int, again: bool, device: str, folder: str) -> Non
 
 
 def resident(name: str) -> int:
-    """Bytes of this process, VmRSS or VmHWM."""
+    """VmRSS or VmHWM of this process in bytes."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 

@@ -79,7 +79,7 @@ def _heading(scale: StageScale, steps: int | None) -> list[str]:
         f"  {work}",
     ]
     if scale.costs[True] is None:
-        lines.append("  no +ac: transformers does not recompute the activations of this student")
+        lines.append("  no +ac: nothing that is trained here can compute its activations again")
     return lines
 
 

@@ -137,7 +137,7 @@ class Step(ABC):
     def costs(self, batches: tuple[int, ...]) -> dict[bool, tuple[StepCost, ...] | None]:
         """Simulate a step of each batch size: {False: as it is, True: with activation checkpointing}.
 
-        The latter is None for an architecture that transformers does not recompute.
+        The latter is None where the trainers refuse it, because transformers can recompute nothing.
 
         Raises:
             InputError: an image size, head or encoder that does not work.
@@ -163,6 +163,8 @@ class Step(ABC):
             optimiser.step()  # makes its states, which every later step finds
             plain = tuple(self._cost(modules, optimiser, lesson) for lesson in lessons)
             try:
+                checked = model if isinstance(model, GKDStudentForSemanticSegmentation) else modules[1]
+                checked.check_activation_checkpointing()
                 # The random state of a fake tensor's device cannot be kept, and weighs nothing.
                 settings = {"use_reentrant": False, "preserve_rng_state": False}
                 model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
