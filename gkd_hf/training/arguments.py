@@ -67,7 +67,12 @@ class StageArguments(TrainingArguments):
         if self.device.type == "cuda":
             # One process drives one GPU: torch's DataParallel would cut batches away from their masks.
             self._n_gpu = 1
-        if self.fp16:
+        if self.mixed_precision == "bf16" and not self.bf16:
+            raise InputError(
+                "accelerate was launched for bf16, these arguments (or the recipe's precision) say fp32: leave "
+                "mixed_precision out of accelerate's command and configuration, or choose bf16 here, too"
+            )
+        if self.fp16 or self.mixed_precision == "fp16":
             raise InputError("fp16 overflows on unscaled attention logits: use bf16, or neither for fp32")
         if self.sync_batch_norm and self.device.type != "cuda":
             raise InputError("sync_batch_norm needs CUDA devices: torch has no synchronised batch norm on the CPU")
