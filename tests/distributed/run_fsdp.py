@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, default_data_collator, set_seed
 
 from gkd_hf import (
     GKDDistillationTrainer,
@@ -27,6 +27,7 @@ from gkd_hf import (
 )
 from gkd_hf.training.process_group import end_process_group
 from gkd_hf.training.sharding import is_sharded, whole_model
+from gkd_hf.training.stream_trainer import NonFiniteLossError
 from tests.distributed.fsdp_on_cpu import let_accelerate_shard_on_the_cpu
 from tests.tiny import ENCODERS, MASK2FORMER, UPERNET
 from tests.training import test_trainers as single
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "distil": {"query_warmup_steps": 3, "teacher_sharding": "always", "ema_decay": 0.9},
     "distil-resnet": {"kind": "resnet"},
     "distil-bf16": {"bf16": True, "teacher_sharding": "always", "activation_checkpointing": True},
-    "task-linear": {"kind": "vit", "head": "linear"},
+    "task-linear": {"kind": "vit", "head": "linear", "eval_strategy": "steps", "eval_steps": 10},
     "task-upernet": {"kind": "resnet", "head": UPERNET},
     "task-mask2former": {"kind": "vit", "head": MASK2FORMER},
     "end-to-end": {"kind": "vit", "head": "linear", "freeze_encoder": False, "encoder_learning_rate": 1e-4},
@@ -84,6 +85,21 @@ def make(case: str, folder: Path, world: int) -> GKDDistillationTrainer | GKDSeg
     return GKDSegmentationTrainer(model, arguments, single.segmentation_stream(), sets)
 
 
+def refusal(trainer: GKDSegmentationTrainer) -> str:
+    """Predict, break one process's weights, save; return what the latter is answered with."""
+    trainer.data_collator = default_data_collator
+    trainer.predict([{"pixel_values": torch.zeros(3, 32, 32), "labels": torch.zeros(32, 32)} for _ in range(5)])
+    weight = trainer.model.decode_head.classifier.weight
+    if trainer.is_world_process_zero():
+        with torch.no_grad():
+            (weight.to_local() if isinstance(weight, DTensor) else weight).fill_(torch.nan)
+    try:
+        trainer._save_checkpoint(trainer.model, None)
+    except NonFiniteLossError as error:
+        return str(error)
+    return ""
+
+
 def run(case: str, folder: Path, world: int) -> None:
     """Train, save, evaluate; then train the second half again from its checkpoint."""
     trainer, watch = make(case, folder / "run", world), Watch()
@@ -106,6 +122,7 @@ def run(case: str, folder: Path, world: int) -> None:
         found["metrics"] = trainer.evaluate()
         domain = trainer.evaluate_domains()["toy_city:night"]
         found |= {"confusion": domain.confusion.tolist(), "images": domain.images}
+        found["evaluated"] = [log["step"] for log in trainer.state.log_history if "eval_mean_miou" in log]
     checkpoint = folder / "run" / f"checkpoint-{STEPS // 2}"
     found["files"] = sorted(path.name for path in checkpoint.iterdir())
     if world > 1 and case in RESUMED:
@@ -115,6 +132,9 @@ def run(case: str, folder: Path, world: int) -> None:
             again.train(resume_from_checkpoint=str(start))
             ours, expected = (each.state_dict() for each in (whole_model(again), plain))
             found[f"{name}_differ"] = [name for name in expected if not torch.equal(ours[name], expected[name])]
+    if case == "task-linear":
+        found["refused"] = refusal(trainer)
+        assert "weights are not finite" in found["refused"]  # in every process, whoever has them
     if trainer.is_world_process_zero():
         save_file(
             {name: value.contiguous() for name, value in plain.state_dict().items()}, folder / "whole.safetensors"

@@ -134,6 +134,8 @@ def test_the_model_that_is_kept_is_whole(case: str, sharded: Path, tmp_path: Pat
     domain = trainer.evaluate_domains()["toy_city:night"]
     assert values["confusion"] == domain.confusion.tolist() and values["images"] == domain.images == 5
     assert values["metrics"] == pytest.approx(trainer.evaluate())
+    # During training twice, if it was asked for, and at the end.
+    assert values["evaluated"] == ([10, 20, 20] if case == "task-linear" else [20])
 
 
 def test_a_recipe_runs_sharded(tmp_path: Path) -> None:
