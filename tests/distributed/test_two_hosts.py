@@ -19,11 +19,8 @@ from tests.distributed.test_two_processes import LAUNCH, ROOT, free_port
 STAGES = ("task_agnostic", "domain_agnostic", "task")
 STEPS = 6
 SCRIPT = [str(ROOT / "scripts" / "run_gkd.py"), "evaluate=['toy_city:night']", "baselines=[]", "source_test=false"]
-SCRIPT += [
-    f"stages.{stage}.{setting}"
-    for stage in STAGES
-    for setting in (f"max_steps={STEPS}", "batch_size=8", "logging_steps=1", "save_steps=3", "image_size=32", "workers=0")
-]
+SETTINGS = (f"max_steps={STEPS}", "batch_size=8", "logging_steps=1", "save_steps=3", "image_size=32", "workers=0")
+SCRIPT += [f"stages.{stage}.{setting}" for stage in STAGES for setting in SETTINGS]
 SCRIPT += ["stages.task_agnostic.query_warmup_steps=3", "stages.task.window=32", "stages.task.stride=32"]
 SCRIPT += [f"data.toy_city.{name}" for name in ("size=32", "pool_images=32", "train_images=16", "test_images=4")]
 

@@ -27,9 +27,10 @@ def free_port() -> int:
 
 def run_launched(script: str, *arguments: object, processes: int) -> str:
     # --cpu --num_processes 2 silently runs one process; --multi_gpu starts two, which find no GPU and take gloo.
-    several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
-    command = [*LAUNCH, *several, "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", str(ROOT / script), *map(str, arguments)]
+    # That is what the preset ddp says, too.
+    preset = ROOT / "scripts" / "accelerate" / ("ddp.yaml" if processes > 1 else "single.yaml")
+    command = [*LAUNCH, "--config_file", str(preset), "--num_processes", str(processes)]
+    command += ["--main_process_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
