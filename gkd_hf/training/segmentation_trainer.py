@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, default_data_collator
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from gkd_hf.data.bad_rows import check_bad_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_evaluation
+from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
 from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
@@ -133,6 +135,24 @@ class GKDSegmentationTrainer(StreamTrainer):
     def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
         """Write the segmenter to a folder."""
         self.model.save_pretrained(folder, state_dict=weights)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Trainer would save under the names that published encoders have, load by those of the modules, and go on
+        # without what it did not find.
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        strange = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if strange:
+            raise InputError(
+                f"cannot resume: {len(strange)} weights of the checkpoint and of the model do not match, the first is "
+                f"{strange[0]}; was it written by another version? Remove the checkpoint to start the stage again"
+            )
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

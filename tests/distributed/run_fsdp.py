@@ -125,7 +125,7 @@ def run(case: str, folder: Path, world: int) -> None:
         found["evaluated"] = [log["step"] for log in trainer.state.log_history if "eval_mean_miou" in log]
     checkpoint = folder / "run" / f"checkpoint-{STEPS // 2}"
     found["files"] = sorted(path.name for path in checkpoint.iterdir())
-    if world > 1 and case in RESUMED:
+    if case in RESUMED:
         # From the middle; and from the end, where a run was killed that had only its model to save.
         for name, start in ("resumed", checkpoint), ("finished", checkpoint.with_name(f"checkpoint-{STEPS}")):
             again = make(case, folder / name, world)

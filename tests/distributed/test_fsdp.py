@@ -100,13 +100,14 @@ def test_losses_are_those_of_one_process(case: str, sharded: Path, unsharded: Pa
 
 
 @pytest.mark.parametrize("case", run_fsdp.RESUMED)
-def test_checkpoints_are_sharded_and_resumed_bit_equal(case: str, sharded: Path) -> None:
+def test_checkpoints_are_sharded_and_resumed_bit_equal(case: str, sharded: Path, unsharded: Path) -> None:
     values = found(sharded, case)
     assert {"pytorch_model_fsdp_0", "optimizer_0", "trainer_state.json"} <= set(values["files"])
     assert not any(name.startswith("model") for name in values["files"])
     shards = list((sharded / case / "run" / f"checkpoint-{run_fsdp.STEPS}" / "pytorch_model_fsdp_0").glob("*.distcp"))
     assert len(shards) == 2
-    assert values["resumed_differ"] == values["finished_differ"] == []
+    for each in (values, found(unsharded, case)):
+        assert each["resumed_differ"] == each["finished_differ"] == []
 
 
 @pytest.mark.parametrize("case", [*STAGE_ONE, *STAGE_TWO])
