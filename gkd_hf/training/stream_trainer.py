@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.errors import InputError
-from gkd_hf.evaluation.domain_report import package_versions
-from gkd_hf.hub.model_card import GKDModelCard, RepoNames
-from gkd_hf.hub.push import push_folder
-from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
+from gkd_hf.hub.run_facts import StageRecorder
 from gkd_hf.training import checkpoints
-from gkd_hf.training.arguments import PUSH_REFUSED, StageArguments
+from gkd_hf.training.arguments import StageArguments
+from gkd_hf.training.loss_watch import LossWatch
 from gkd_hf.training.numbered_samples import numbered_samples
 from gkd_hf.training.preemption import Preemption
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
 from gkd_hf.training.progress import stage_progress
-from gkd_hf.training.sharding import is_sharded, reshard, set_up_sharding, share_buffers, skeleton, whole_state_dict
+from gkd_hf.training.publishing_trainer import PublishingTrainer
+from gkd_hf.training.sharding import is_sharded, reshard, set_up_sharding, share_buffers, skeleton
 from gkd_hf.training.sigterm import Preempted, outlive_sigterm
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
@@ -53,7 +51,7 @@ class _StopWhenLoaded(TrainerCallback):
         raise _NothingToTrain
 
 
-class StreamTrainer(Trainer, ABC):
+class StreamTrainer(PublishingTrainer):
     """A `Trainer` for endless streams.
 
     - A `SampleStream` is cut for this process here and read as it is: Accelerate would shard it a second time.
@@ -64,8 +62,6 @@ class StreamTrainer(Trainer, ABC):
 
     # Losses are means over a micro batch; Trainer divides them by the accumulation steps.
     loss_is_scaled_for_ga = False
-
-    artefact: ClassVar[Literal["encoder", "segmenter"]]  # what others get of the trained model
 
     def __init__(
         self,
@@ -112,9 +108,7 @@ class StreamTrainer(Trainer, ABC):
         if isinstance(train_dataset, SampleStream):
             self._position = StreamPosition(train_dataset, args.global_batch_size)
             self.add_callback(self._position)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._first_bad: dict[str, torch.Tensor] | None = None
+        self._losses = LossWatch()
         self._skipped: SkippedRows | None = None
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -322,128 +316,21 @@ class StreamTrainer(Trainer, ABC):
         """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
-    # -- for others ---------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
-        """Write the trained model to a folder as it goes to the Hub, and tell the facts of it.
-
-        Every process must call it; the main one writes.
-        """
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the trained model whole, however it is trained. Every process must call it; the main one writes.
-
-        Checkpoints, which Trainer writes itself, are what training goes on with instead.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        weights = whole_state_dict(self)
-        if self.args.should_save:
-            self.write_model(output_dir or self.args.output_dir, weights)
-
-    @abstractmethod
-    def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
-        """Write what others load to a folder.
-
-        Args:
-            weights: all of them, as `whole_state_dict` returns them; this is for one process alone.
-        """
-
-    def card_settings(self) -> dict[str, Any]:
-        """What a card can tell without a recipe, in a recipe's keys."""
-        return {"seed": self.args.seed}
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        *,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        license: str | None = None,
-    ) -> str | None:
-        """Export the trained encoder or segmenter with its card, and push that: no checkpoint, no pickle.
-
-        Args:
-            commit_message: first line of the commit. repo_id: ``org/name``; None: ``args.hub_model_id``.
-            private: whether a new repo is; None: ``args.hub_private_repo``, or else private.
-            token: None takes HF_TOKEN or what ``hf auth login`` stored.
-            license: the Hub's licence id; None: `other`, since the trainer does not know the terms of its data.
-
-        Returns:
-            URL of the repo; None in processes that are not the main one.
-
-        Raises:
-            InputError: no repo id, or the push failed; the message ends with the command that tries again.
-        """
-        repo_id = repo_id or self.args.hub_model_id
-        if repo_id is None:
-            raise InputError("say where to push: trainer.push_to_hub(repo_id='org/name'), or hub_model_id='org/name'")
-        folder = Path(self.args.output_dir) / self.artefact
-        facts = self._card_facts()
-        self.export(folder, facts, self._image_size())
-        if not self.is_world_process_zero():
-            return None
-        self._card(facts, repo_id, license, folder).save(folder)
-        if private is None:
-            private = self.args.hub_private_repo is not False
-        return push_folder(folder, repo_id, private=private, token=token, summary=commit_message)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Refuse what `Trainer` calls this for: pushing while it trains, also where it was switched on later."""
-        raise InputError(PUSH_REFUSED)
-
-    def create_model_card(self, license: str | None = None) -> None:
-        """Write the card of the model as it stands to README.md in the output folder."""
-        if self.is_world_process_zero():
-            self._card(self._card_facts(), self.args.hub_model_id, license).save(self.args.output_dir)
-
-    def _card_facts(self) -> RunFacts:
-        stages = {self.title: self.recorder.facts} if self.recorder.facts is not None else {}
-        return RunFacts(settings=self.card_settings(), stages=stages, versions=package_versions())
-
-    def _card(
-        self, facts: RunFacts, repo_id: str | None, license: str | None, folder: Path | None = None
-    ) -> GKDModelCard:
-        name = repo_id or f"{shortened(self.args.output_dir)}/{self.artefact}"
-        files = frozenset(path.name for path in folder.iterdir()) if folder is not None else frozenset()
-        names = RepoNames(name, name, on_hub=repo_id is not None)
-        return GKDModelCard(self.artefact, facts, names, files=files, license=license)
-
-    def _image_size(self) -> int:
-        data = self.train_dataset
-        sample = next(iter(data)) if isinstance(data, IterableDataset) else data[0]
-        return int(sample["pixel_values"].shape[-1])
-
     # -- losses -------------------------------------------------------------------------------------------------------
 
     def watch(self, losses: dict[str, torch.Tensor]) -> None:
-        """Add a micro batch's named losses to the means that are logged next, and remember the first non-finite ones.
+        """Add a micro batch's named losses, ``total`` among them, to the means that are logged next.
 
-        ``losses`` must hold ``total``. On a GPU nothing is read back before the next log or save.
+        The first that is not finite stops the run; on a GPU it is looked for before the next log or save.
         """
-        losses = {name: value.detach().float() for name, value in losses.items()}
-        for name, value in losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-        finite = torch.isfinite(losses["total"])
-        found = losses | {"step": torch.full_like(losses["total"], self.state.global_step + 1)}
-        if self._first_bad is None:
-            self._first_bad = {name: torch.zeros_like(value) for name, value in found.items()}
-        unset = self._first_bad["step"] == 0
-        for name, value in found.items():
-            old = self._first_bad.get(name, torch.zeros_like(value))
-            self._first_bad[name] = torch.where(unset & ~finite, value, old)
-        if finite.device.type == "cpu":
+        self._losses.add(losses, self.state.global_step + 1)
+        if losses["total"].device.type == "cpu":
             self._stop_if_not_finite()
 
     def _stop_if_not_finite(self) -> None:
-        if self._first_bad is None or not (step := int(self._first_bad["step"].item())):
-            return
-        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in self._first_bad.items() if name != "step")
-        self._stop(f"the loss is not finite at step {step} ({terms})")
+        bad = self._losses.first_not_finite()
+        if bad is not None:
+            self._stop(f"the loss is not finite at {bad}")
 
     def _stop(self, what: str) -> None:
         good = checkpoints.last_complete_checkpoint(self.args.output_dir)
@@ -453,13 +340,11 @@ class StreamTrainer(Trainer, ABC):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean of every loss term since the last time, over all processes."""
         self._stop_if_not_finite()
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs.update({f"loss_{name}": value for name, value in zip(names, means.tolist(), strict=True)})
-            logs["loss"] = logs.pop("loss_total")
-            self._sums, self._counts = {}, {}
+        if "loss" in logs:
+            means = self._losses.means(lambda own: self.accelerator.reduce(own, reduction="mean"))
+            if means:
+                logs["loss"] = means.pop("total")
+                logs.update({f"loss_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
