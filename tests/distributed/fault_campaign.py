@@ -80,6 +80,7 @@ class Campaign:
     def __init__(self, folder: Path, kills: int, processes: int, seed: int, steps: int, saving: int = 1):
         self.folder, self.kills, self.processes, self.steps = folder, kills, processes, steps
         self.saving = saving
+        self.late = False  # whether all stages were finished when the run was last started
         self.random = random.Random(seed)
         self.tally = Tally()
         self.recipe = self._recipe()
@@ -108,6 +109,10 @@ class Campaign:
         ended = False
         while not ended and (self.tally.kills < self.kills or self._saving_kills_missing() > 0):
             ended = self._one_start()
+            if ended and self.tally.kills < self.kills:
+                # It was too quick: without its report the same command measures again.
+                (self.out / "report.json").unlink()
+                ended = False
         if not ended:
             stage, newest = self.stage(), self._newest()
             run = self.start(self.out, "last")
@@ -135,6 +140,7 @@ class Campaign:
     def _one_start(self) -> bool:
         """Start the run and kill a process of it; returns whether it came to its end before that."""
         stage, newest = self.stage(), self._newest()
+        self.late = stage == "evaluation"
         run = self.start(self.out, f"start-{self.tally.kills}")
         self.tally.restarts += self.tally.kills > 0
         try:
@@ -198,8 +204,7 @@ class Campaign:
 
     def _until(self, run: Launched, happened: Any) -> None:
         """Wait for something; no longer than to the run's end, nor to the stages' end where they were under way."""
-        late = self.stage() == "evaluation"
-        while run.process.poll() is None and not happened() and (late or self.stage() != "evaluation"):
+        while run.process.poll() is None and not happened() and (self.late or self.stage() != "evaluation"):
             time.sleep(0.0005)
 
     def _sleep(self, run: Launched, seconds: float) -> None:
