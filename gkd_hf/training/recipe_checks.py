@@ -30,6 +30,8 @@ from gkd_hf.training.recipe import (
     recipe_domain,
 )
 
+MAX_TIMEOUT = 7 * 24 * 60  # minutes
+
 
 def check_recipe(recipe: Recipe, origin: str) -> None:
     """Raise `InputError` for the first thing that is wrong; `origin` names the recipe in the message."""
@@ -81,8 +83,10 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
     _check_numbers("data.toy_city", recipe.data.toy_city, origin)
     if not 0 <= recipe.seed <= MAX_SEED:
         raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
-    if not 0 < recipe.timeout_minutes < math.inf:
-        raise InputError(f"{origin}: timeout_minutes is {recipe.timeout_minutes}: it must be more than 0 and finite")
+    if not 0.1 <= recipe.timeout_minutes <= MAX_TIMEOUT:
+        raise InputError(
+            f"{origin}: timeout_minutes is {recipe.timeout_minutes}: it must be between 0.1 and {MAX_TIMEOUT} (a week)"
+        )
 
 
 def _check_hub(recipe: Recipe, origin: str) -> None:

@@ -27,6 +27,9 @@ FREE_SETTINGS = (
     "evaluation_images",
 )
 
+# Keys that came later. At this value they change nothing, and stages begun before them go on.
+LATER_SETTINGS = {"ema_decay": None}
+
 
 class StageFolder:
     """One stage's folder: `settings.json` from its first step, checkpoints, then the model and, last, `finished.json`.
@@ -134,10 +137,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`, without the settings that are free to change."""
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`, without the settings that are free to change or change nothing."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in FREE_SETTINGS:
+        if key in FREE_SETTINGS or (key in LATER_SETTINGS and value == LATER_SETTINGS[key]):
             continue
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:

@@ -22,9 +22,11 @@ from gkd_hf.training.plan import KNOWN_ENCODERS, count, plan, planned_encoder
 from gkd_hf.training.recipe import recipe_domain
 from gkd_hf.training.recipe_data import RecipeData, is_rendered
 from gkd_hf.training.recipe_file import load_recipe
+from gkd_hf.training.stage_arguments import stage_arguments
 from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "scripts/recipes/quickstart.yaml"
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 PAPER = [path for path in RECIPES if "dinov2" in path.name]
 TEACHER = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -142,7 +144,7 @@ def test_revisions_and_hub_are_read_and_saved(tmp_path: Path, monkeypatch: pytes
     changes = ["student.encoder=org/student", "student.revision=v1", "teacher.name=org/teacher", "teacher.revision=v2"]
     changes += ["data.roots.cityscapes=org/city", "data.revisions.cityscapes=v3", "data.revisions.toy_city:night=v4"]
     changes += ["data.roots.toy_city:night=org/night", "hub.repo_id=org/gkd-x", "hub.license=cc-by-nc-4.0"]
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+    recipe = load_recipe(QUICKSTART, changes)
     assert (recipe.student.revision, recipe.teacher.revision) == ("v1", "v2")
     assert recipe.data.revisions == {"cityscapes": "v3", "toy_city:night": "v4"}
     assert RecipeData(recipe).revision("cityscapes") == "v3"
@@ -171,18 +173,53 @@ def test_revisions_and_hub_are_read_and_saved(tmp_path: Path, monkeypatch: pytes
 )
 def test_wrong_revisions_and_hub_are_told(changes: list[str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+        load_recipe(QUICKSTART, changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("timeout_minutes=1e13", "timeout_minutes is 10000000000000.0: it must be between 0.1"),
+        ("timeout_minutes=.nan", "timeout_minutes is nan"),
+        ("stages.task.ema_decay=1", "stages.task.ema_decay is 1.0: it must be between 0 and 1"),
+        ("teacher.sharding=alwys", "teacher.sharding is 'alwys', did you mean 'always'?"),
+    ],
+)
+def test_wrong_settings_of_large_runs_are_told(change: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(QUICKSTART, [change])
+
+
+def test_settings_of_large_runs_reach_the_trainers(tmp_path: Path) -> None:
+    large = ("ema_decay=0.9", "activation_checkpointing=true", "compile=true")
+    changes = [f"stages.{stage}.{change}" for stage in ("task_agnostic", "task") for change in large]
+    recipe = load_recipe(QUICKSTART, [*changes, "teacher.sharding=never", "timeout_minutes=2", "baselines=[]"])
+    for name, stage in recipe.stages:
+        if name == "domain_agnostic":
+            continue
+        arguments = stage_arguments(recipe, name, stage, tmp_path, 4, 1)
+        assert (arguments.ema_decay, arguments.torch_compile, arguments.ddp_timeout) == (0.9, True, 120)
+        assert arguments.activation_checkpointing
+        assert getattr(arguments, "teacher_sharding", "never") == "never"
+
+
+def test_a_stage_begun_before_a_key_was_known_goes_on(tmp_path: Path) -> None:
+    StageFolder(tmp_path, {"stages": {"task": {"batch_size": 4}}}).begin()
+    now = StageFolder(tmp_path, {"stages": {"task": {"batch_size": 4, "ema_decay": None}}})
+    assert now.digest == StageFolder(tmp_path / "other", {"stages": {"task": {"batch_size": 4}}}).digest
+    with pytest.raises(InputError, match="ema_decay"):
+        StageFolder(tmp_path, {"stages": {"task": {"batch_size": 4, "ema_decay": 0.9}}})
 
 
 def test_recipe_survives_being_saved(tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", ["data.label_maps.custom={0: 1, 7: 255}"])
+    recipe = load_recipe(QUICKSTART, ["data.label_maps.custom={0: 1, 7: 255}"])
     recipe.save(tmp_path)
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["label_maps"]["custom"] == {0: 1, 7: 255}
 
 
 def test_quickstart_has_four_unseen_styles_and_a_baseline() -> None:
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml")
+    recipe = load_recipe(QUICKSTART)
     assert len(recipe.evaluate) >= 4
     assert recipe.baselines == ["none"]
     data = RecipeData(recipe)
@@ -192,14 +229,14 @@ def test_quickstart_has_four_unseen_styles_and_a_baseline() -> None:
 
 
 def test_training_and_test_scenes_differ() -> None:
-    uses = RecipeData(load_recipe(ROOT / "scripts/recipes/quickstart.yaml")).uses()
+    uses = RecipeData(load_recipe(QUICKSTART)).uses()
     assert {use.split for use in uses if use.domain == "toy_city"} == {"train", "test"}
     assert [use.labelled for use in uses if use.domain == "toy_city:pool"] == [False]
 
 
 def test_the_source_style_is_the_source() -> None:
     names = ["evaluate=['toy_city:clear_day', 'toy_city:night']", "stages.domain_agnostic.data=toy_city:clear_day"]
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", names)
+    recipe = load_recipe(QUICKSTART, names)
     assert recipe.evaluate == ["toy_city", "toy_city:night"]
     assert recipe.stages.domain_agnostic.data == "toy_city"
     assert recipe_domain("toy_city:clear_day").name == "toy_city"
@@ -211,7 +248,7 @@ def test_the_source_style_is_the_source() -> None:
 def test_epochs_of_a_toy_city_are_known_before_it_is_rendered(tmp_path: Path) -> None:
     changes = [f"output_dir={tmp_path}", "stages.task.max_steps=null", "stages.task.epochs=2"]
     changes += ["stages.task_agnostic.max_steps=null", "stages.task_agnostic.epochs=3"]
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", changes)
+    recipe = load_recipe(QUICKSTART, changes)
     data = RecipeData(recipe)
     assert train_steps(data, "task_agnostic", recipe.stages.task_agnostic) == 3 * 8000 // 16
     assert train_steps(data, "task", recipe.stages.task) == math.ceil(2 * 1500 / 32)
@@ -312,7 +349,7 @@ def test_a_toy_city_with_a_place_of_its_own_is_read_not_rendered(
 ) -> None:
     monkeypatch.setattr(recipe_data, "find_manifest", lambda location, revision: None)  # without the Hub
     places = ["data.roots.toy_city=org/toy-city", "data.roots.toy_city:night=/data/night"]
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", [*places, f"output_dir={tmp_path}"])
+    recipe = load_recipe(QUICKSTART, [*places, f"output_dir={tmp_path}"])
     data = RecipeData(recipe)
     assert (data.location("toy_city"), data.location("toy_city:night")) == ("org/toy-city", "/data/night")
     assert data.location("toy_city:fog") == str(tmp_path / "data" / "toy_city_fog")
