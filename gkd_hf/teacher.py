@@ -88,6 +88,11 @@ class GKDTeacher(nn.Module):
         """Whether each process holds a part of the weights only."""
         return isinstance(self, FSDPModule)
 
+    @property
+    def halved(self) -> bool:
+        """Whether weights are bf16."""
+        return any(parameter.dtype == torch.bfloat16 for parameter in self.encoder.parameters())
+
     def halve(self) -> None:
         """Keep the weights in bf16, for training in bf16; batch norms, whose statistics it would spoil, in fp32."""
         if self.sharded:

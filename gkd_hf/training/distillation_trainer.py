@@ -24,6 +24,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 from gkd_hf.training.artefacts import write_encoder
+from gkd_hf.training.numbered_samples import PLACE
 from gkd_hf.training.sharding import under, whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
 
@@ -51,8 +52,10 @@ class MaskingCollator:
         batch = collate([{key: sample[key] for key in sample if key != "labels"} for sample in samples])
         height, width = batch["pixel_values"].shape[-2:]
         grid = (max(1, round(height / self.stride)), max(1, round(width / self.stride)))
-        if "index" in samples[0]:
-            indices = [int(sample["index"]) for sample in samples]
+        # A data set's samples may have an `index` of their own, beside the place in the order that they are given.
+        place = PLACE if PLACE in samples[0] else "index"
+        if place in samples[0]:
+            indices = [int(sample[place]) for sample in samples]
         else:  # a stream of the user's own does not tell places in the order: the random state decides
             indices = torch.randint(2**62, (len(samples),)).tolist()
         rows, masks = random_masks(
@@ -128,6 +131,11 @@ class GKDDistillationTrainer(StreamTrainer):
         )
         wanted = {"auto": self.teacher.large, "always": True, "never": False}[args.teacher_sharding]
         self._share_teacher = wanted and args.world_size > 1
+        if self.teacher.halved and not args.bf16:
+            raise InputError(
+                "the teacher's weights are bf16 (made so by halve(), or by an earlier training in bf16), this training is "
+                "in fp32: give it a new GKDTeacher, or set bf16=True"
+            )
         if args.bf16 and not self.teacher.sharded:
             self.teacher.halve()
         if not self._share_teacher:

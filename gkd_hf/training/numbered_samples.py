@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
+
+PLACE = "place_in_run"
 
 
 class PassOrder(Sampler[tuple[int, int]]):
@@ -37,12 +39,12 @@ class PassOrder(Sampler[tuple[int, int]]):
 
 
 class NumberedSamples(Dataset):
-    """A data set, read through `order`, whose samples tell their place in the run's order as ``index``.
+    """A data set, read through `order`, whose samples tell their place in the run's order as `PLACE`.
 
     That is what masks are drawn by, so neither a restart nor another number of processes changes them.
 
     Args:
-        samples: mappings, by row.
+        samples: by row. Mappings get their place beside what they hold; anything else stays as it is.
     """
 
     def __init__(self, samples: Dataset, order: PassOrder):
@@ -52,9 +54,16 @@ class NumberedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place_and_row: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, place_and_row: tuple[int, int]) -> Any:
         place, row = place_and_row
-        return {**self.samples[row], "index": place}
+        return _numbered(self.samples[row], place)
+
+    def __getitems__(self, places_and_rows: list[tuple[int, int]]) -> list[Any]:
+        """Read a batch, at once where the data set can."""
+        rows = [row for _, row in places_and_rows]
+        fetch = getattr(self.samples, "__getitems__", None)
+        samples = fetch(rows) if fetch else [self.samples[row] for row in rows]
+        return [_numbered(sample, place) for (place, _), sample in zip(places_and_rows, samples, strict=True)]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin a pass; Accelerate calls this, and does not find the order where a pass is begun in its middle."""
@@ -64,7 +73,11 @@ class NumberedSamples(Dataset):
 def numbered_samples(samples: Dataset, arguments: TrainingArguments) -> NumberedSamples | None:
     """Number a data set's samples in the order that the arguments ask for; None where that is not possible."""
     shuffle = {"random": True, "sequential": False}.get(str(arguments.train_sampling_strategy))
-    if shuffle is None or not has_length(samples):
+    if shuffle is None or isinstance(samples, IterableDataset) or not has_length(samples):
         return None
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return NumberedSamples(samples, PassOrder(len(samples), seed, shuffle))
+
+
+def _numbered(sample: Any, place: int) -> Any:
+    return {PLACE: place, **sample} if isinstance(sample, Mapping) else sample

@@ -24,6 +24,12 @@ def set_up_sharding(accelerator: Accelerator) -> None:
     Raises:
         InputError: a configuration by which it would not.
     """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage > 2:
+        raise InputError(
+            f"DeepSpeed's ZeRO stage {deepspeed.zero_stage} leaves no process with whole weights to save: take stage "
+            "1 or 2, or scripts/accelerate/fsdp2.yaml to share the weights out"
+        )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:

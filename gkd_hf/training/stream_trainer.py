@@ -16,7 +16,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -128,7 +128,8 @@ class StreamTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Read a `SampleStream` from this run's position, as this process's share; other data sets as Trainer does."""
         if not isinstance(self.train_dataset, SampleStream):
-            samples = numbered_samples(self.train_dataset, self.args)
+            own_order = type(self)._get_train_sampler is not Trainer._get_train_sampler
+            samples = None if own_order else numbered_samples(self.train_dataset, self.args)
             if samples is None:
                 loader = super().get_train_dataloader()
             else:

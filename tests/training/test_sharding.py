@@ -35,6 +35,17 @@ def test_what_would_not_be_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         set_up_sharding(accelerator(None))
 
 
+def test_deepspeed_shares_out_no_weights() -> None:
+    def state(stage: int) -> Any:
+        return SimpleNamespace(
+            state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)), num_processes=2
+        )
+
+    set_up_sharding(state(2))
+    with pytest.raises(InputError, match="ZeRO stage 3 leaves no process with whole weights to save: take stage 1 or"):
+        set_up_sharding(state(3))
+
+
 def test_bf16_is_left_to_autocast() -> None:
     ours = plugin(mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     set_up_sharding(accelerator(ours))

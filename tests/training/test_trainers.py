@@ -271,6 +271,18 @@ def test_heads_are_carried_and_checked(tmp_path: Path) -> None:
         )
 
 
+def test_a_teacher_of_bf16_weights_does_not_teach_in_fp32(tmp_path: Path) -> None:
+    teacher = GKDTeacher(ENCODERS["dinov2"])
+    for bf16 in (False, True, True):
+        args = arguments(GKDDistillationArguments, tmp_path, bf16=bf16)
+        student = GKDStudentModel.from_encoder(ENCODERS["vit"])
+        GKDDistillationTrainer(student, teacher, args, distillation_stream())
+        assert teacher.halved == bf16
+    args = arguments(GKDDistillationArguments, tmp_path)
+    with pytest.raises(InputError, match="the teacher's weights are bf16 .* this training is in fp32: give it a new"):
+        GKDDistillationTrainer(student, teacher, args, distillation_stream())
+
+
 def test_ordinary_data_sets_work_too(tmp_path: Path) -> None:
     set_seed(0)
     data = [{"pixel_values": torch.randn(3, SIZE, SIZE)} for _ in range(8)]
