@@ -133,8 +133,8 @@ class GKDDistillationTrainer(StreamTrainer):
         self._share_teacher = wanted and args.world_size > 1
         if self.teacher.halved and not args.bf16:
             raise InputError(
-                "the teacher's weights are bf16 (made so by halve(), or by an earlier training in bf16), this training is "
-                "in fp32: give it a new GKDTeacher, or set bf16=True"
+                "the teacher's weights are bf16 (made so by halve() or by an earlier training in bf16), this training "
+                "is in fp32: give it a new GKDTeacher, or set bf16=True"
             )
         if args.bf16 and not self.teacher.sharded:
             self.teacher.halve()
