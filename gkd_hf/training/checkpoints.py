@@ -36,6 +36,10 @@ ENGINES = {
     "fsdp": "sharded by FSDP",
     "deepspeed": "by DeepSpeed",
 }
+# What a disk or a file system answers with; everything else is for the programmer to see.
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REPLACED = "replaced-"
 _CHUNK = 2**22  # bytes read at a time
@@ -85,6 +89,10 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     """
     folder = Path(checkpoint)
     try:
+        if not folder.is_dir():
+            return "there is no such folder"
+        if not (folder / RECORD).exists():
+            return f"{RECORD} is missing: it was interrupted while it was written, or an older version wrote it"
         files = dict(_record(folder)["files"])
         for name, facts in files.items():
             path = folder / name
@@ -136,6 +144,19 @@ def checkpoint_to_resume(folder: str | os.PathLike) -> Standing:
             "stage again from its first step"
         )
     return found
+
+
+def check_fresh(folder: str | os.PathLike) -> None:
+    """Raise `InputError` if a folder in which a training is to begin holds checkpoints.
+
+    They would not be told from its own: a restart takes the newest there is.
+    """
+    found = sorted(_checkpoints(folder))
+    if found:
+        raise InputError(
+            f"'{folder}' holds {found[-1][1].name} of an earlier training: resume_from_checkpoint=True goes on from "
+            "there; to begin a new one, choose another output_dir, or remove the checkpoints"
+        )
 
 
 def check_whole(checkpoint: str | os.PathLike) -> None:
@@ -229,11 +250,14 @@ def rotate(folder: str | os.PathLike, step: int, limit: int | None, best: str | 
 
 @contextmanager
 def refused_writes(folder: str | os.PathLike, step: int, is_main: bool) -> Iterator[None]:
-    """Turn what a disk refuses in this context into an `InputError`; the main process removes the torn checkpoint."""
+    """Turn what a disk refuses in this context into an `InputError`; the main process removes the torn checkpoint.
+
+    An error that is not the disk's, such as one in a callback, is passed on as it is.
+    """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        if not _is_of_the_disk(error):
+        if not _is_of_the_disk(error, Path(folder)):
             raise
         free = _free_bytes(folder)
         if is_main:
@@ -254,11 +278,17 @@ def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in str(error)
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def _is_of_the_disk(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, CheckpointException):
+        return any(_is_of_the_disk(each, folder) for each, _ in error.failures.values())
+    if isinstance(error, OSError):
+        if isinstance(error.filename, str | bytes):
+            return Path(os.fsdecode(error.filename)).resolve().is_relative_to(folder.resolve())
+        return error.errno in DISK_ERRORS
     if isinstance(error, RuntimeError):
         # So torch's zip writer tells of a disk that refuses.
         return re.search(r"PytorchStreamWriter|inline_container|iostream error|No space left", str(error)) is not None
-    return True
+    return isinstance(error, SafetensorError)
 
 
 def _reason(error: BaseException, free: int) -> str:

@@ -196,11 +196,13 @@ class StreamTrainer(PublishingTrainer):
         A checkpoint of a later step than the one a run goes on from is removed when the run has saved its next one.
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the last whole one of the output folder, if any.
+            resume_from_checkpoint: a checkpoint, or True for the last whole one of the output folder, if any. A
+                training that goes on from none in its output folder begins in one that holds none.
 
         Raises:
-            InputError: no such checkpoint, or one of other data or another seed; every checkpoint is damaged; the
-                output folder cannot be written or is not shared by all hosts; a process gives no answer.
+            InputError: no such checkpoint, or one of other data or another seed; every checkpoint is damaged; a
+                training is to begin in a folder that holds checkpoints of another; the output folder cannot be
+                written or is not shared by all hosts; a process gives no answer.
             NonFiniteLossError: the loss left the finite numbers.
             Preempted: SIGTERM came; a checkpoint is saved.
         """
@@ -240,6 +242,8 @@ class StreamTrainer(PublishingTrainer):
                 checkpoints.check_whole(checkpoint)
             if checkpoint is not None:
                 checkpoints.check_resumable(checkpoint, self._engine, args.world_size)
+            if checkpoint is None or Path(checkpoint).resolve().parent != Path(args.output_dir).resolve():
+                checkpoints.check_fresh(args.output_dir)
         return of_main_process(checkpoint)
 
     @property
@@ -255,6 +259,8 @@ class StreamTrainer(PublishingTrainer):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except _NothingToTrain:
             self.is_in_train = False
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
             return TrainOutput(self._start_step, 0.0, {})
         except RuntimeError as error:
             if not is_hung_peer(error):
@@ -275,15 +281,15 @@ class StreamTrainer(PublishingTrainer):
         """In this context the model is what training would give if it ended here."""
         return self.average.given() if self.average is not None else nullcontext()
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None:
-            self.average.save(output_dir, self.args.should_save)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.average is not None and checkpoint is not None:
             self.average.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:  # what training gives is the average, and what was best is the average of then
+            self.average.load(self.state.best_model_checkpoint)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set up Accelerate as `Trainer` does; DeepSpeed gets the mixed precision that all other engines have."""
@@ -368,6 +374,9 @@ class StreamTrainer(PublishingTrainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.average is not None:
+                place = os.path.join(self._get_output_dir(trial), f"checkpoint-{step}")
+                self.average.save(place, self.is_world_process_zero())
         finally:
             self._saving = False
         best = self.state.best_model_checkpoint

@@ -36,6 +36,7 @@ STEPS, MICRO = 20, 4
 RESUMED = ("distil", "task-upernet", "end-to-end")
 CASES: dict[str, dict[str, Any]] = {
     "distil": {"query_warmup_steps": 3, "teacher_sharding": "always", "ema_decay": 0.9},
+    "distil-accumulated": {"teacher_sharding": "always", "gradient_accumulation_steps": 2},
     "distil-resnet": {"kind": "resnet"},
     "distil-bf16": {"bf16": True, "teacher_sharding": "always", "activation_checkpointing": True},
     "task-linear": {"kind": "vit", "head": "linear", "eval_strategy": "steps", "eval_steps": 10},
@@ -65,11 +66,12 @@ def seed_by_images(head: torch.nn.Module, given: tuple[Any, ...]) -> None:
 
 
 def make(case: str, folder: Path, world: int) -> GKDDistillationTrainer | GKDSegmentationTrainer:
-    settings = CASES[case] | {
+    settings = {"gradient_accumulation_steps": 1} | CASES[case]
+    settings |= {
         "max_steps": STEPS,
         "save_steps": STEPS // 2,
         "per_device_train_batch_size": MICRO,
-        "gradient_accumulation_steps": 2 // world,
+        "gradient_accumulation_steps": settings["gradient_accumulation_steps"] * 2 // world,
         "logging_steps": 1,
     }
     if case.startswith("distil"):

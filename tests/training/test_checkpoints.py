@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gkd_hf import InputError
 from gkd_hf.training import checkpoints
@@ -61,7 +64,10 @@ def test_a_checkpoint_records_its_files(trained: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda c: os.truncate(c / "model.safetensors", 1000), r"model\.safetensors: 1000 bytes, not \d+"),
     "flipped": (lambda c: flip(c / "optimizer.pt"), r"optimizer\.pt: crc32 \w{8}, not \w{8}"),
-    "empty": (lambda c: [path.unlink() for path in c.iterdir()], r"complete\.json is missing"),
+    "empty": (
+        lambda c: [path.unlink() for path in c.iterdir()],
+        r"complete\.json is missing: it was interrupted.* an older version",
+    ),
     "without random numbers": (lambda c: (c / "rng_state.pth").unlink(), r"rng_state\.pth is missing"),
     "record torn": (lambda c: (c / "complete.json").write_text('{"step": 6, "fil'), r"complete\.json is broken"),
 }
@@ -102,7 +108,7 @@ def test_with_every_checkpoint_damaged_a_person_decides(folder: Path) -> None:
         distillation_trainer(folder).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match=r"cannot resume from '.*checkpoint-4': model\.safetensors: crc32"):
         distillation_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    with pytest.raises(InputError, match=r"cannot resume from '.*checkpoint-9': complete\.json is missing"):
+    with pytest.raises(InputError, match=r"cannot resume from '.*checkpoint-9': there is no such folder"):
         distillation_trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
 
 
@@ -202,25 +208,40 @@ def test_going_back_removes_the_future_that_is_given_up(folder: Path) -> None:
     assert names(folder) == {"checkpoint-5"}
 
 
+def test_a_training_begins_in_a_folder_without_checkpoints(folder: Path, tmp_path: Path) -> None:
+    (folder / "bad_rows.0.jsonl").touch()
+    message = r"holds checkpoint-6 of an earlier training: resume_from_checkpoint=True goes on from there; to begin"
+    other = shutil.copytree(folder / "checkpoint-2", tmp_path / "other" / "checkpoint-2")
+    for resume in (None, False, str(other)):
+        with pytest.raises(InputError, match=message):
+            distillation_trainer(folder, max_steps=2).train(resume_from_checkpoint=resume)
+    assert names(folder) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"} and (folder / "bad_rows.0.jsonl").exists()
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(1, {6}), (2, {4, 6}), (None, {2, 4, 6})])
 def test_the_limit_is_kept(limit: int | None, kept: set[int], tmp_path: Path) -> None:
     distillation_trainer(tmp_path, save_total_limit=limit).train()
     assert names(tmp_path) == {f"checkpoint-{step}" for step in kept}
 
 
-def test_the_best_model_is_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = segmentation_trainer(
-        tmp_path,
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        eval_steps=2,
-        metric_for_best_model="mean_miou",
-        save_total_limit=1,
-    )
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_the_best_model_is_kept_and_loaded(
+    ema_decay: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "metric_for_best_model": "mean_miou",
+        "save_total_limit": 2,
+        "ema_decay": ema_decay,
+    }
+    trainer = segmentation_trainer(tmp_path, **settings)
     scores, seen = iter([1.0, 3.0, 2.0]), []
 
     def evaluate(**kwargs: Any) -> dict[str, float]:
-        seen.append(weights(trainer))
+        with trainer.averaged():
+            seen.append(weights(trainer))
         metrics = {"eval_mean_miou": next(scores)}
         trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
@@ -232,6 +253,10 @@ def test_the_best_model_is_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(seen[1]["decode_head.classifier.weight"], seen[2]["decode_head.classifier.weight"])
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+    # Also where the run was killed when it had only that to load.
+    again = segmentation_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert_equal(weights(again), seen[1])
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
@@ -246,6 +271,30 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Pa
 def test_one_folder_is_not_written_by_every_host(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="save_on_each_node would write every checkpoint once per host"):
         distillation_trainer(tmp_path, save_on_each_node=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "{folder}/.saving/checkpoint-2/x"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/nothing/settings.json"), False),
+        (PermissionError(errno.EACCES, "Permission denied", "/nothing/settings.json"), False),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
+        (OSError("a service gave no answer"), False),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_only_what_is_the_disks_is_told_as_the_disks(
+    error: OSError, told: bool, wrapped: bool, tmp_path: Path
+) -> None:
+    if error.filename is not None:
+        error = type(error)(error.errno, error.strerror, error.filename.format(folder=tmp_path))
+    raised = CheckpointException("", {1: (error, traceback.StackSummary())}) if wrapped else error
+    with pytest.raises(InputError if told else type(raised)) as caught:  # noqa: SIM117
+        with checkpoints.refused_writes(tmp_path, 2, True):
+            raise raised
+    assert told or caught.value is raised
 
 
 FULL_DISK = """

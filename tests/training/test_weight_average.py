@@ -95,6 +95,16 @@ def test_resumed_in_the_middle_and_after_the_end(tmp_path: Path) -> None:
             assert torch.equal(ours, theirs), name
 
 
+def test_resumed_from_checkpoints_of_the_model_alone(tmp_path: Path) -> None:
+    settings = {"save_steps": 2, "ema_decay": 0.5, "save_only_model": True}
+    distillation_trainer(tmp_path, max_steps=2, **settings).train()
+    saved = load_file(tmp_path / "checkpoint-2" / AVERAGE_NAME)
+    resumed = distillation_trainer(tmp_path, max_steps=2, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, ours in resumed.model.named_parameters():
+        assert name not in saved or torch.equal(ours, saved[name]), name
+
+
 def test_evaluated_in_training_is_the_average(tmp_path: Path) -> None:
     trainer = segmentation_trainer(tmp_path, ema_decay=0.9, max_steps=2, save_steps=2, learning_rate=1.0)
     parameter = next(p for p in trainer.model.decode_head.parameters())
