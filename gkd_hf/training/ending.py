@@ -12,7 +12,7 @@ from typing import Any
 from gkd_hf.errors import InputError, refused
 from gkd_hf.training.checkpoints import is_full_disk
 from gkd_hf.training.process_group import end_process_group, is_lost_peer, leave, several, tell_lost_peer
-from gkd_hf.training.sigterm import ENDED, Preempted, sigterm_came
+from gkd_hf.training.sigterm import ENDED, Preempted, sigterm_came, sigterm_ended
 
 
 def exit_code(run: Callable[[], Any]) -> int:
@@ -41,8 +41,8 @@ def exit_code(run: Callable[[], Any]) -> int:
             code = refused(InputError(f"{error}: make room, then run the same command again: nothing is lost"))
         elif is_lost_peer(error):
             code = tell_lost_peer(error, at_once=sigterm_came())
-        elif sigterm_came() and isinstance(error, RuntimeError):
-            # The signal went to loader workers too, and the loader says so.
+        elif sigterm_ended() and isinstance(error, RuntimeError):
+            # The signal went to other child processes too, and who waits for one says so.
             _say(ENDED)
             code = 0
         elif several():

@@ -23,8 +23,15 @@ PATIENCE = timedelta(hours=24)  # for what the main process does alone: download
 SHARED_DELAY = 10.0  # seconds until a file that one host has written is seen by the others
 HEAD_START = 3.0  # seconds that a process whose peer is gone leaves to the launcher, to see the first failure first
 _POLL = 0.05  # seconds
-_OF_THE_GROUP = re.compile(r"gloo|NCCL|nccl|ProcessGroup|c10d|TCPStore|DDP expects same model")
-_HUNG = re.compile(r"[Tt]imed? ?out|wait timeout")
+_TOKEN = ".seen-"
+_OF_THE_GROUP = re.compile(r"gloo|nccl|ProcessGroup|c10d|TCPStore", re.IGNORECASE)
+_HUNG = re.compile(r"timed? ?out", re.IGNORECASE)
+_GONE = re.compile(
+    # DDP counts none where the process that should have told did not.
+    r"connection (was )?(likely )?(closed|reset|refused)|broken pipe|socket closed|remote process exited|"
+    r"ncclRemoteError|communicator was aborted|inconsistent 0 params|" + _HUNG.pattern,
+    re.IGNORECASE,
+)
 
 _groups: dict[str, tuple[Any, distributed.ProcessGroup]] = {}
 
@@ -89,42 +96,49 @@ def check_shared(folder: str | os.PathLike) -> None:
     Raises:
         InputError: it cannot be written, or a process does not see what the main one has written there.
     """
-    folder, name = Path(folder), of_main_process(f".seen-{uuid.uuid4().hex}")
-    token = folder / name
-    is_main = PartialState().is_main_process
-    if is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            token.touch()
-        except OSError as error:
-            raise InputError(
-                f"output_dir '{folder}' cannot be written ({error.strerror}): choose a folder that you may write to"
-            ) from error
-    if not several():
-        token.unlink(missing_ok=True)
-        return
-    wait_patiently()
-    deadline = time.monotonic() + SHARED_DELAY
-    while not token.exists():
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"output_dir '{folder}' of the main process is not seen by process {PartialState().process_index}: "
-                "it must be on a file system that all hosts share"
-            )
-        time.sleep(_POLL)
-    wait_patiently()
-    if is_main:
-        token.unlink(missing_ok=True)
+    folder, state = Path(folder), PartialState()
+    if state.is_main_process:
+        for left in folder.glob(f"{_TOKEN}*"):  # by runs that were killed here
+            left.unlink(missing_ok=True)
+    run = of_main_process(uuid.uuid4().hex)
+    own, of_main = (folder / f"{_TOKEN}{run}-{rank}" for rank in (state.process_index, 0))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    except OSError as error:
+        who = f" by process {state.process_index}" if several() else ""
+        raise InputError(
+            f"output_dir '{folder}' cannot be written{who} ({error.strerror}): choose a folder that you may write to"
+        ) from error
+    try:
+        wait_patiently()
+        deadline = time.monotonic() + SHARED_DELAY
+        while not of_main.exists():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"output_dir '{folder}' of the main process is not seen by process {state.process_index}: "
+                    "it must be on a file system that all hosts share"
+                )
+            time.sleep(_POLL)
+        wait_patiently()
+    finally:
+        own.unlink(missing_ok=True)
 
 
 # -- losing a member --------------------------------------------------------------------------------------------------
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process did not take part any more: it has ended, or hangs."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and several() and _OF_THE_GROUP.search(str(error)) is not None
+    """Whether an error says that another process did not take part any more: it has ended, or hangs.
+
+    What else goes wrong between processes, such as models that differ or a GPU that two share, is none.
+    """
+    if isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError)):
+        return "EADDRINUSE" not in str(error)
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not several() or _GONE.search(text) is None:
+        return False
+    return isinstance(error, distributed.DistError) or _OF_THE_GROUP.search(text) is not None or "DDP expects" in text
 
 
 def is_hung_peer(error: BaseException) -> bool:
@@ -132,17 +146,18 @@ def is_hung_peer(error: BaseException) -> bool:
     return is_lost_peer(error) and _HUNG.search(str(error)) is not None
 
 
-def hung_peer(where: str, timeout: timedelta | None = None) -> InputError:
+def hung_peer(error: BaseException, where: str, timeout: timedelta | None = None) -> InputError:
     """What to say of a process that gives no answer.
 
     Args:
-        where: such as `in step 17 of task`. timeout: how long it was waited for, if that is known.
+        error: one that `is_hung_peer`. where: such as `in step 17 of task`. timeout: how long it was waited for, if
+            that is known.
     """
     waited = f" for {timeout.total_seconds() / 60:.3g} min" if timeout is not None else " in time"
     return InputError(
         f"no answer from another process{waited} {where}: it hangs, or its host or the network is gone. Look at that "
         "process (py-spy dump --pid …, nvidia-smi, its disk), then run the same command again: it goes on from the "
-        "last checkpoint. If a step may take that long, raise timeout_minutes"
+        f"last checkpoint. If a step may take that long, raise timeout_minutes ({_first_line(error)})"
     )
 
 
@@ -156,11 +171,15 @@ def tell_lost_peer(error: BaseException, at_once: bool = False) -> int:
     if not at_once:
         time.sleep(HEAD_START)
     if is_hung_peer(error):
-        return refused(hung_peer("where it was waited for"))
-    rank = PartialState().process_index
-    told = f"process {rank}: another process of the run ended; its message is above, or in the launcher's report below"
-    print(told, file=sys.stderr, flush=True)
+        return refused(hung_peer(error, "where it was waited for"))
+    told = "another process of the run ended; its message is above, or in the launcher's report below"
+    print(f"process {PartialState().process_index}: {told} ({_first_line(error)})", file=sys.stderr, flush=True)
     return 1
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------

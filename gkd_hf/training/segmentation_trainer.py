@@ -27,6 +27,7 @@ from gkd_hf.training.arguments import GKDSegmentationArguments
 from gkd_hf.training.artefacts import write_segmenter
 from gkd_hf.training.progress import no_bar
 from gkd_hf.training.sharding import whole_model
+from gkd_hf.training.sigterm import outliving_sigterm
 from gkd_hf.training.stream_trainer import StreamTrainer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -204,6 +205,7 @@ class GKDSegmentationTrainer(StreamTrainer):
             collate_fn=collate_evaluation,
             num_workers=args.dataloader_num_workers,
         )
+        outliving_sigterm(loader)  # one of evaluations while training goes on to a checkpoint
         classes = model.config.num_labels
         counts = torch.zeros(classes, classes, dtype=torch.int64, device=args.device)
         seen, kept, skipped = 0, [], []

@@ -6,16 +6,23 @@ signal while a stage trains.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 ENDED = "SIGTERM: ended; the same command goes on where this run stood"
 
-_came = False
+_came = _in_training = False
 
 
 class Preempted(SystemExit):
@@ -30,10 +37,15 @@ def sigterm_came() -> bool:
     return _came
 
 
-def note_sigterm(came: bool = True) -> None:
-    """Remember that SIGTERM came, or forget it."""
-    global _came
-    _came = came
+def sigterm_ended() -> bool:
+    """Whether SIGTERM came where it ends the program at once, not in a training, which first saves."""
+    return _came and not _in_training
+
+
+def note_sigterm(came: bool = True, in_training: bool = False) -> None:
+    """Remember that SIGTERM came, and where, or forget it."""
+    global _came, _in_training
+    _came, _in_training = came, in_training
 
 
 @contextmanager
@@ -58,17 +70,33 @@ def ending_at_once() -> Iterator[None]:
 
 
 def outlive_sigterm(worker: int, first: Callable[[int], None] | None = None) -> None:
-    """Let a loader's worker outlive a SIGTERM sent to the whole process group: the step that saves needs its samples.
-
-    A second one ends it, so the loader can still end a worker that hangs. Meant as ``worker_init_fn``.
+    """Let a loader's worker outlive every SIGTERM sent to the whole process group: the step that saves needs samples.
 
     Args:
         worker: its number. first: what else is to be done when a worker begins.
     """
     if first is not None:
         first(worker)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def take(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, take)
+def outliving_sigterm(loader: DataLoader) -> DataLoader:
+    """Give a loader workers that outlive SIGTERM, and return it.
+
+    They end with their loader. One that hangs then would be waited for at this program's end, which ends workers with
+    the signal that these ignore: it is killed first.
+    """
+    read = getattr(loader, "base_dataloader", loader)  # Accelerate's own only passes batches on
+    before = read.worker_init_fn
+    if getattr(before, "func", None) is not outlive_sigterm:
+        read.worker_init_fn = partial(outlive_sigterm, first=before)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)  # called before what multiprocessing has registered
+    return loader
+
+
+def end_workers() -> None:
+    """Kill the child processes that are not to live longer than this one, as loader workers are not."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

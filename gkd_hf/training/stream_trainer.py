@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer,
 from gkd_hf.training.progress import stage_progress
 from gkd_hf.training.publishing_trainer import PublishingTrainer
 from gkd_hf.training.sharding import is_sharded, reshard, set_up_sharding, share_buffers, skeleton
-from gkd_hf.training.sigterm import Preempted, outlive_sigterm
+from gkd_hf.training.sigterm import Preempted, outliving_sigterm
 from gkd_hf.training.skipped_rows import SkippedRows, skipped_rows
 from gkd_hf.training.stream_position import StreamPosition
 from gkd_hf.training.weight_average import WeightAverage
@@ -103,6 +102,7 @@ class StreamTrainer(PublishingTrainer):
         self._preemption = Preemption()
         self.add_callback(self._preemption)
         self._saving = False
+        self._saved_step: int | None = None
         self._start_step = 0
         self._position: StreamPosition | None = None
         if isinstance(train_dataset, SampleStream):
@@ -137,9 +137,7 @@ class StreamTrainer(PublishingTrainer):
                 loader = self._get_dataloader(
                     samples, "Training", batch, sampler_fn=lambda _: samples.order, is_training=True
                 )
-            read = loader.base_dataloader  # Accelerate's own only passes batches on
-            read.worker_init_fn = partial(outlive_sigterm, first=read.worker_init_fn)
-            return loader
+            return outliving_sigterm(loader)
         args = self.args
         stream = self.train_dataset.shard(
             args.per_device_train_batch_size,
@@ -156,8 +154,8 @@ class StreamTrainer(PublishingTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-            worker_init_fn=outlive_sigterm,
         )
+        outliving_sigterm(loader)
         # One process of one: the stream has taken this process's share, and no rank may decode for the others.
         return prepare_data_loader(
             loader,
@@ -167,6 +165,14 @@ class StreamTrainer(PublishingTrainer):
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Read as `Trainer` does: an evaluation while training goes on to the checkpoint that a SIGTERM asks for."""
+        return outliving_sigterm(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: torch.utils.data.Dataset) -> DataLoader:
+        """Read as `Trainer` does, like `get_eval_dataloader`."""
+        return outliving_sigterm(super().get_test_dataloader(test_dataset))
 
     def note_bad_rows(self, rows: list[dict[str, Any]]) -> None:
         """Write rows that could not be read to the output folder at once, where a killed run finds them again.
@@ -204,11 +210,14 @@ class StreamTrainer(PublishingTrainer):
                 training is to begin in a folder that holds checkpoints of another; the output folder cannot be
                 written or is not shared by all hosts; a process gives no answer.
             NonFiniteLossError: the loss left the finite numbers.
-            Preempted: SIGTERM came; a checkpoint is saved.
+            Preempted: SIGTERM came; a checkpoint is saved. Without one, as at the end of a training that saves none,
+                the trained model is there and train returns.
         """
         with self._preemption.watching():
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             self._start_step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0
+            own = checkpoint and Path(checkpoint).parent.absolute() == Path(self.args.output_dir).absolute()
+            self._saved_step = self._start_step if own else None
             if self._position is not None:
                 self._position.begin(checkpoint)
             if checkpoint is None and self.is_world_process_zero():
@@ -218,7 +227,7 @@ class StreamTrainer(PublishingTrainer):
             if self.average is not None:
                 self.average.forget()
             output = self._train_from(checkpoint, **kwargs)
-            if self._preemption.agreed or self._preemption.received:
+            if self._preemption.agree(self.args):
                 self._preempted()
         if self.average is not None:
             self.average.give()
@@ -266,16 +275,21 @@ class StreamTrainer(PublishingTrainer):
             if not is_hung_peer(error):
                 raise
             where = f"in step {self.state.global_step + 1} of {self.title}"
-            raise hung_peer(where, timedelta(seconds=self.args.ddp_timeout)) from error
+            raise hung_peer(error, where, timedelta(seconds=self.args.ddp_timeout)) from error
         finally:
             for callback in ends:
                 self.remove_callback(callback)
 
     def _preempted(self) -> None:
+        saved = self._saved_step == self.state.global_step
         if self.is_world_process_zero():
             place = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            print(f"SIGTERM: saved {place}; the same command goes on from there", file=sys.stderr, flush=True)
-        raise Preempted
+            then = (
+                f"saved {place}; the same command goes on from there" if saved else "came when the training was done"
+            )
+            print(f"SIGTERM: {then}", file=sys.stderr, flush=True)
+        if saved:
+            raise Preempted
 
     def averaged(self) -> AbstractContextManager[None]:
         """In this context the model is what training would give if it ended here."""
@@ -388,6 +402,7 @@ class StreamTrainer(PublishingTrainer):
             checkpoints.put_in_place(folder, step, self._engine, args.world_size)
             checkpoints.rotate(folder, step, args.save_total_limit, best)
         self.accelerator.wait_for_everyone()
+        self._saved_step = step
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,17 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from gkd_hf.training import ending, sigterm
+from gkd_hf.training import ending, preemption, sigterm
 from gkd_hf.training.checkpoints import last_complete_checkpoint
 from gkd_hf.training.sigterm import Preempted, ending_at_once
 from tests.distributed.launched import Launched, children
-from tests.training.test_trainers import assert_equal, distillation_trainer, weights
+from tests.training.test_trainers import (
+    assert_equal,
+    distillation_trainer,
+    evaluation_set,
+    segmentation_trainer,
+    weights,
+)
 
 
 class SignalAt(TrainerCallback):
@@ -71,10 +79,83 @@ def test_loader_workers_outlive_a_signal_to_all(streamed: bool, tmp_path: Path) 
     batches = iter(trainer.get_train_dataloader())
     next(batches)
     (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(2):  # a scheduler may say it again
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.2)
     for _ in range(4):  # more than were fetched before
         assert len(next(batches)["pixel_values"]) == 4
     assert worker.is_alive()
+    sigterm.end_workers()  # or the program's end would wait for one that hangs
+    worker.join(timeout=30)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_loader_workers_of_evaluations_outlive_it_too(tmp_path: Path) -> None:
+    trainer = segmentation_trainer(tmp_path / "task", dataloader_num_workers=1)
+    trainer.eval_dataset = {"toy_city:night": evaluation_set(10)}
+    scores, asked = trainer._window_scores, []
+
+    def signalled(*args: Any) -> Any:
+        if not asked:
+            asked.extend(multiprocessing.active_children())
+            os.kill(asked[0].pid, signal.SIGTERM)
+            asked[0].join(timeout=1)
+        return scores(*args)
+
+    trainer._window_scores = signalled
+    assert trainer.evaluate_domains(examples=0)["toy_city:night"].images == 10 and len(asked) == 1
+    other = distillation_trainer(tmp_path / "distil")
+    for loader in (other.get_eval_dataloader([{}] * 4), other.get_test_dataloader([{}] * 4)):
+        assert loader.base_dataloader.worker_init_fn.func is sigterm.outlive_sigterm
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """Sends this process SIGTERM when it has trained."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("saves", ["steps", "no"])
+def test_a_signal_after_the_last_step(saves: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer = distillation_trainer(tmp_path, max_steps=1, save_strategy=saves)
+    trainer.add_callback(SignalAtTheEnd())
+    if saves == "steps":
+        with pytest.raises(Preempted):
+            trainer.train()
+        told = f"saved {tmp_path}/checkpoint-1; the same command goes on from there"
+    else:
+        assert trainer.train().global_step == 1
+        told = "came when the training was done"
+    assert (last_complete_checkpoint(tmp_path) is not None) == (saves == "steps")
+    assert [line for line in capfd.readouterr().err.splitlines() if "SIGTERM" in line] == [f"SIGTERM: {told}"]
+
+
+@pytest.mark.parametrize("in_a_step", [True, False])
+def test_a_process_blocked_in_its_step_leaves(in_a_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocked where no handler of Python is called; a save or an evaluation, though, may take its time."""
+    libc, mutex, codes = ctypes.CDLL(None), ctypes.create_string_buffer(64), []
+
+    def left(code: int = -1) -> None:
+        codes.append(code)
+        libc.pthread_mutex_unlock(mutex)
+
+    monkeypatch.setattr(preemption, "several", lambda: True)
+    monkeypatch.setattr(preemption, "leave", left)
+    monkeypatch.setattr(preemption, "STEP_PATIENCE", 0.1)
+    watch = preemption.Preemption()
+    signals = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    rescue = threading.Timer(30 if in_a_step else 2.5, left)
+    with pytest.raises(Preempted), ending_at_once(), watch.watching():
+        if in_a_step:
+            watch.on_step_begin()
+        signals.start()
+        rescue.start()
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+        rescue.cancel()
+    assert codes[0] == (1 if in_a_step else -1)
+    assert watch.received
 
 
 def test_without_a_signal_the_handler_comes_back_too(tmp_path: Path) -> None:
@@ -105,8 +186,10 @@ def test_what_falls_over_because_of_the_signal_does_not_hide_it(capfd: pytest.Ca
     with ending_at_once():
         assert ending.exit_code(worker_gone) == 0
     assert capfd.readouterr().err.endswith("the same command goes on where this run stood\n")
-    with pytest.raises(RuntimeError, match="by itself"), ending_at_once():
-        ending.exit_code(lambda: (_ for _ in ()).throw(RuntimeError("by itself")))
+    for in_training in (False, True):  # where the training was to save and did not
+        with pytest.raises(RuntimeError, match="by itself"), ending_at_once():
+            sigterm.note_sigterm(in_training, in_training)
+            ending.exit_code(lambda: (_ for _ in ()).throw(RuntimeError("by itself")))
 
 
 def test_a_disk_that_is_full_elsewhere_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
