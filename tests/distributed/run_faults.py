@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from gkd_hf.errors import InputError
 from gkd_hf.training import process_group
 from gkd_hf.training.ending import exit_code
+from gkd_hf.training.sigterm import Preempted
 from tests.training.test_trainers import distillation_trainer
 
 RANK = int(os.environ["RANK"])
@@ -28,6 +29,14 @@ class StopTheSecond(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if RANK == 1 and state.global_step == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class SignalTheSecond(TrainerCallback):
+    """The second process alone gets SIGTERM, when the last step is done."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(mode: str, out: Path) -> None:
@@ -43,6 +52,12 @@ def run(mode: str, out: Path) -> None:
         # As on two hosts, where the same name is another folder.
         distillation_trainer(out / f"host-{RANK}", disable_tqdm=True).train()
     elif mode == "hung":
+        trainer = distillation_trainer(out / "signalled", ddp_timeout=15, max_steps=1)
+        trainer.add_callback(SignalTheSecond())
+        try:
+            trainer.train()
+        except Preempted:
+            print(f"process {RANK} is preempted", flush=True)
         trainer = distillation_trainer(out, ddp_timeout=15)
         trainer.add_callback(StopTheSecond())
         trainer.train()

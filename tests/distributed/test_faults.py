@@ -84,8 +84,11 @@ def test_a_folder_that_hosts_do_not_share_is_refused_before_training(tmp_path: P
 
 
 def test_a_process_that_hangs_ends_the_others_with_one_line(tmp_path: Path) -> None:
+    """Before that one of the two got SIGTERM at the end of a training, which ends it for both."""
     run = Launched(2, tmp_path / "log", FAULTS, "hung", tmp_path / "out")
     run.until(lambda: "error: " in run.output(), "end of the wait")
+    preempted = re.findall(r"process \d is preempted", run.output())
+    assert sorted(preempted) == ["process 0 is preempted", "process 1 is preempted"], run.output()
     os.kill(run.workers()[1], signal.SIGKILL)  # the launcher would wait half a minute for it
     assert run.wait() == 1
     told = re.findall(
