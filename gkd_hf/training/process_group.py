@@ -149,6 +149,9 @@ def is_hung_peer(error: BaseException) -> bool:
 def hung_peer(error: BaseException, where: str, timeout: timedelta | None = None) -> InputError:
     """What to say of a process that gives no answer.
 
+    By NCCL it may stay unsaid: where the host is blocked in a read of the device, torch's watchdog aborts the process
+    with a report of its own after the timeout.
+
     Args:
         error: one that `is_hung_peer`. where: such as `in step 17 of task`. timeout: how long it was waited for, if
             that is known.
