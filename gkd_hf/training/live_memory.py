@@ -12,12 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+_aten = torch.ops.aten
+# These copy what is not contiguous, and keep the copies while they run, on the CPU and on the GPU.
+_COPYING = (_aten._softmax, _aten._log_softmax, _aten._softmax_backward_data, _aten._log_softmax_backward_data)
+
 
 class LiveMemory(TorchDispatchMode):
     """Follow the storages that torch operations make until nothing refers to them any more.
 
     It sees real and fake tensors alike. What an operation takes and gives back inside itself (a convolution's
-    workspace) is not seen.
+    workspace) is not seen, except for the contiguous copies that softmax and log_softmax make.
 
     Args:
         parts: what is recorded after every operation of a phase, in this order.
@@ -72,7 +76,7 @@ class LiveMemory(TorchDispatchMode):
                 key = self._follow(tensor.untyped_storage())
                 if is_copy:
                     self._move(key, "weight copies")
-        self._record()
+        self._record(_copied(args) if func._overloadpacket in _COPYING else 0)
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> int:
@@ -95,7 +99,14 @@ class LiveMemory(TorchDispatchMode):
         self.live[old] -= size
         self.live[part] = self.live.get(part, 0) + size
 
-    def _record(self) -> None:
+    def _record(self, passing: int = 0) -> None:
+        """Note what is alive, and ``passing`` bytes of the present part, which are gone after this moment."""
         if self._phase is not None:
-            moment = tuple(self.live.get(part, 0) for part in self.parts)
+            moment = tuple(self.live.get(part, 0) + passing * (part == self.part) for part in self.parts)
             self.history.setdefault(self._phase, []).append(moment)
+
+
+def _copied(tensors: Iterable[Any]) -> int:
+    """Bytes of contiguous copies of those tensors that are not contiguous."""
+    spread = (each for each in tensors if isinstance(each, torch.Tensor) and not each.is_contiguous())
+    return sum(each.numel() * each.element_size() for each in spread)

@@ -25,6 +25,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStu
 from gkd_hf.training.arguments import REFERENCE_BATCH
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_space, train_images
+from gkd_hf.training.stage_arguments import device_batch
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
@@ -159,13 +160,7 @@ def _stage_lines(
     images = train_images(recipe, stage, ask_hub=False)
     steps = stage.steps(images)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = stage.gradient_accumulation_steps
-    share = processes * accumulation
-    if stage.batch_size % share:
-        raise InputError(
-            f"stages.{name}.batch_size {stage.batch_size} cannot be shared by {processes} process(es) × "
-            f"{accumulation} accumulation step(s): choose a multiple of {share}"
-        )
+    each = device_batch(name, stage, processes)
     amount = f"{stage.epochs:g} epochs" if stage.epochs is not None else f"max_steps {stage.max_steps}"
     known = "an unknown number of" if images is None else f"{images:,}"
     patch = f", patch size {stage.patch_size}" if stage.patch_size else ""
@@ -174,12 +169,12 @@ def _stage_lines(
         if images is None or stage.epochs is not None
         else f", {stage.max_steps * stage.batch_size / images:.1f} passes"
     )
-    shares = f" in shares of {', '.join(f'{each:g}' for each in stage.weights)}" if stage.weights else ""
+    shares = f" in shares of {', '.join(f'{weight:g}' for weight in stage.weights)}" if stage.weights else ""
     lines = [
         f"stage {name}: {stage.data}{shares}, {known} images, {stage.image_size}²{patch}",
         f"  steps: {'known once the images are counted' if steps is None else f'{steps:,}'} ({amount}{passes})",
-        f"  effective batch: {stage.batch_size} = {stage.batch_size // share} per device × {processes} process(es) "
-        f"× {accumulation} accumulation step(s)",
+        f"  effective batch: {stage.batch_size} = {each} per device × {processes} process(es) "
+        f"× {stage.gradient_accumulation_steps} accumulation step(s)",
     ]
     if images is not None and stage.batch_size > images:
         lines.append(f"  NOTE: a batch of {stage.batch_size} is more than the {images:,} images there are")

@@ -9,7 +9,8 @@ reckoned, not simulated:
   layers of the largest kind (the one at work and the one that is fetched ahead), as weights and as gradients, in
   fp32, as the trainers have it.
 - A sharded teacher: a part in N of its weights, and gathered as above, without gradients.
-- Gradients that are accumulated over micro batches are there from the first one's backward pass on.
+- Gradients that are accumulated over micro batches are there from the first one's backward pass on; under FSDP2
+  whole, too, because they are cut when they are shared, in the last micro batch.
 
 Hours are the floating-point operations of the stage, recomputed ones included, over what the GPUs do at the stated
 utilisation. Decoding, evaluation, communication and checkpoints are in that utilisation or not at all.
@@ -27,7 +28,7 @@ from gkd_hf.teacher import LARGE
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
 from gkd_hf.training.recipe_data import task_label_space
 from gkd_hf.training.scale_question import ScaleQuestion
-from gkd_hf.training.step_cost import MOVING, DistillationStep, SegmentationStep, StepCost
+from gkd_hf.training.step_cost import MOVING, DistillationStep, SegmentationStep, StepCost, masked_images
 
 GIGABYTE = 10**9
 RESERVED = 1.5 * GIGABYTE  # held by CUDA, cuBLAS and NCCL before the first tensor
@@ -67,8 +68,8 @@ class StageScale:
     """Memory and time of one stage in any `Layout`.
 
     Args:
-        stage: the recipe's. costs: `Step.costs` of two batches, the smaller first.
-        teacher_sharding: auto, always or never.
+        name: of the stage, or of the baseline that is trained in the task's place. stage: the recipe's.
+        costs: `Step.costs` of two batches, the smaller first. teacher_sharding: auto, always or never.
     """
 
     def __init__(
@@ -82,9 +83,32 @@ class StageScale:
         self.costs = costs
         self.teacher_sharding = teacher_sharding
 
+    @property
+    def key(self) -> str:
+        """Of the recipe's stages, the one whose settings these are."""
+        return self.name if isinstance(self.stage, DistillationRecipe) else "task"
+
+    @property
+    def title(self) -> str:
+        """What is trained: a stage or a baseline."""
+        return f"{'stage' if self.name == self.key else 'baseline'} {self.name}"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the recipe has the stage compute activations again, and something is trained that can."""
+        return self.stage.activation_checkpointing and self.costs[True] is not None
+
     def shares(self, gpus: int, accumulation: int | None = None) -> bool:
         """Whether the stage's batch can be shared by so many GPUs."""
         return self.stage.batch_size % (gpus * (accumulation or self.stage.gradient_accumulation_steps)) == 0
+
+    def masks_nothing(self, gpus: int, accumulation: int | None = None) -> bool:
+        """Whether no image is masked on so many GPUs, because too few of them are in a GPU's micro batch."""
+        stage = self.stage
+        if not isinstance(stage, DistillationRecipe) or stage.mask_probability == 0 or stage.mask_ratio == 0:
+            return False
+        images = stage.batch_size // gpus // (accumulation or stage.gradient_accumulation_steps)
+        return masked_images(stage.mask_probability, images) == 0
 
     def layouts(self, gpus: int, accumulation: int | None = None) -> Iterator[Layout]:
         """DDP and, on several GPUs, FSDP2, each without and with activation checkpointing where there is such."""
@@ -130,7 +154,7 @@ class StageScale:
         trained = student.trained + heads.trained
         share = n if layout.fsdp else 1
         states = cost.optimiser / max(1, trained)
-        kept = 4 if gradients else 0
+        kept = 4 * (share if layout.accumulation > 1 else 1) if gradients else 0
         parts = {
             "student's weights": student.bytes / share,
             "student's gradients": kept * student.trained / share,
@@ -159,8 +183,11 @@ class StageScale:
         return gpus > 1 and (self.teacher_sharding == "always" or (self.teacher_sharding == "auto" and large))
 
     def ways_to_fit(self, gpus: int, memory: float) -> list[tuple[Layout, Footprint]]:
-        """Layouts on so many GPUs that fit, the least change first: each of the three alone, then any together."""
-        own = Layout(gpus, self.stage.gradient_accumulation_steps, False, self.stage.activation_checkpointing)
+        """Layouts on so many GPUs that fit, the least change first: each of the three alone, then any together.
+
+        None of them masks nothing.
+        """
+        own = Layout(gpus, self.stage.gradient_accumulation_steps, False, self.recomputes)
         found = []
         for fsdp, checkpointing in ((False, False), (False, True), (True, False), (True, True)):
             if (fsdp and gpus == 1) or (checkpointing and not self.costs[True]):
@@ -178,11 +205,15 @@ class StageScale:
     def _accumulations(self, gpus: int) -> list[int]:
         images = self.stage.batch_size // gpus
         least = self.stage.gradient_accumulation_steps
-        return [each for each in range(least, images + 1) if images % each == 0]
+        possible = (each for each in range(least, images + 1) if images % each == 0)
+        return [each for each in possible if not self.masks_nothing(gpus, each)]
 
     def smallest(self, memory: float) -> Layout | None:
-        """The fewest GPUs of the table's rows on which the stage fits as it is, in any layout; None: on none."""
-        for gpus in rows(self.stage, LARGEST_RUN):
+        """The fewest GPUs of the table's rows on which the stage fits as it is, in any layout; None: on none.
+
+        Rows that mask nothing do not count.
+        """
+        for gpus in (each for each in rows(self.stage, LARGEST_RUN) if not self.masks_nothing(each)):
             for layout in self.layouts(gpus):
                 if self.footprint(layout).fits(memory):
                     return layout
@@ -216,6 +247,7 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
     """Simulate a stage's steps.
 
     Args:
+        name: of the stage, or of the baseline that is trained in the task's place: end to end.
         student, teacher: `plan.PlannedEncoder`s whose configurations are known.
 
     Raises:
@@ -237,12 +269,17 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
             **settings,
         )
     else:
+        frozen = name == "task"
         step = SegmentationStep(
             student.config,
             stage.image_size,
             decode_head=stage.decode_head,
             classes=len(task_label_space(recipe).classes),
             norm_feature_maps=stage.norm_feature_maps,
+            frozen=frozen,
             **settings,
         )
-    return StageScale(name, stage, step.costs(batches), recipe.teacher.sharding if recipe.teacher else "never")
+    costs = step.costs(batches)
+    if not distils and frozen and recipe.baselines:
+        costs[True] = None  # activation_checkpointing is for those then
+    return StageScale(name, stage, costs, recipe.teacher.sharding if recipe.teacher else "never")

@@ -37,7 +37,8 @@ def scale_report(recipe: Recipe, question: ScaleQuestion) -> str:
         f"  {reserved:g} GB for CUDA and NCCL are in it; kernels' workspaces and fragmentation are not",
     ]
     for name, stage in recipe.stages:
-        lines += ["", *_stage_lines(recipe, name, stage, student, teacher, question)]
+        for each in (name, *(recipe.baselines if name == "task" else ())):
+            lines += ["", *_stage_lines(recipe, each, stage, student, teacher, question)]
     return "\n".join(lines)
 
 
@@ -52,11 +53,12 @@ def _stage_lines(
     needed = [student, teacher] if isinstance(stage, DistillationRecipe) else [student]
     unknown = [encoder.name for encoder in needed if encoder is not None and encoder.config is None]
     if unknown:
-        return [f"scale of stage {name}: memory is unknown without the Hub, which knows {' and '.join(unknown)}"]
+        kind = "baseline" if name in recipe.baselines else "stage"
+        return [f"scale of {kind} {name}: memory is unknown without the Hub, which knows {' and '.join(unknown)}"]
     scale = stage_scale(recipe, name, stage, student, teacher)
     steps = stage.steps(train_images(recipe, stage, ask_hub=False))
-    lines = [*_heading(scale, steps), *_table(scale, steps, question)]
-    lines += _missing(scale)
+    lines = [*_heading(scale, steps, recipe.baselines), *_table(scale, steps, question)]
+    lines += _missing(scale) + _masking_nothing(scale)
     if scale.shares(question.gpus):
         lines += ["", *_breakdown(scale, question), "", *_verdict(scale, question)]
     else:
@@ -64,7 +66,7 @@ def _stage_lines(
     return lines
 
 
-def _heading(scale: StageScale, steps: int | None) -> list[str]:
+def _heading(scale: StageScale, steps: int | None, baselines: list[str]) -> list[str]:
     stage = scale.stage
     precision = "fp32" if stage.precision == "fp32" else "bf16 (weights and optimiser in fp32)"
     work = f"{scale.step_flops(False) / 1e12:,.1f} TFLOP a step"
@@ -74,11 +76,13 @@ def _heading(scale: StageScale, steps: int | None) -> list[str]:
     batch = f"{stage.batch_size} images of {stage.image_size}² a step"
     batch += f" in {accumulated} micro batches" if accumulated > 1 else ""
     lines = [
-        f"scale of stage {scale.name}: {batch}, {'steps unknown' if steps is None else f'{steps:,} steps'}",
+        f"scale of {scale.title}: {batch}, {'steps unknown' if steps is None else f'{steps:,} steps'}",
         f"  {precision}{_teacher(scale)}",
         f"  {work}",
     ]
-    if scale.costs[True] is None:
+    if scale.name == "task" and baselines:
+        lines.append("  no +ac: where there are baselines, activation_checkpointing is for them alone")
+    elif scale.costs[True] is None:
         lines.append("  no +ac: nothing that is trained here can compute its activations again")
     return lines
 
@@ -109,6 +113,7 @@ def _table(scale: StageScale, steps: int | None, question: ScaleQuestion) -> lis
     asked = {question.gpus} if scale.shares(question.gpus) else set()
     for gpus in sorted({*rows(scale.stage, LARGEST_RUN)} | asked):
         images = scale.stage.batch_size // gpus // scale.stage.gradient_accumulation_steps
+        mark = "!" if scale.masks_nothing(gpus) else ""
         times = "".join(
             f"{_hours(None if steps is None else scale.hours(steps, gpus, again, question)):>10}"
             for again in ((False, True) if recomputes else (False,))
@@ -117,7 +122,7 @@ def _table(scale: StageScale, steps: int | None, question: ScaleQuestion) -> lis
         memory = "".join(
             f"{_cell(scale, cells.get((each.fsdp, each.checkpointing)), question):>{_WIDTH}}" for each in columns
         )
-        lines.append(f"  {gpus:>5}{images:>8}{times} {memory}")
+        lines.append(f"  {gpus:>5}{f'{mark}{images}':>8}{times} {memory}")
     return lines
 
 
@@ -143,6 +148,13 @@ def _missing(scale: StageScale) -> list[str]:
     return [f"  no row for {names}: {_indivisible(scale)}"]
 
 
+def _masking_nothing(scale: StageScale) -> list[str]:
+    if not any(scale.masks_nothing(gpus) for gpus in rows(scale.stage, LARGEST_RUN)):
+        return []
+    part = scale.stage.mask_probability
+    return [f"  ! no image would be masked, {part:g} of so few being less than one; hours and GB are as if some were"]
+
+
 def _indivisible(scale: StageScale) -> str:
     accumulated = scale.stage.gradient_accumulation_steps
     micro = f" in {accumulated} micro batches each" if accumulated > 1 else ""
@@ -155,9 +167,9 @@ def _cannot_share(scale: StageScale, question: ScaleQuestion) -> list[str]:
     hint = f"at most {most} can" if most else "no number of GPUs can"
     share = question.gpus * accumulated
     return [
-        f"  {question.gpus} GPUs cannot share the {scale.stage.batch_size} images of a step of {scale.name} evenly: "
+        f"  {question.gpus} GPUs cannot share the {scale.stage.batch_size} images of a step of {scale.title} evenly: "
         f"{hint};",
-        f"  run the stage on fewer, or set stages.{scale.name}.batch_size to a multiple of {share}",
+        f"  run the stage on fewer, or set stages.{scale.key}.batch_size to a multiple of {share}",
     ]
 
 
@@ -203,20 +215,25 @@ def _part(footprint: Footprint, name: str) -> str:
 
 def _verdict(scale: StageScale, question: ScaleQuestion) -> list[str]:
     stage, gpus = scale.stage, question.gpus
-    again = stage.activation_checkpointing and scale.costs[True] is not None
-    layout = Layout(gpus, stage.gradient_accumulation_steps, False, again)
+    layout = Layout(gpus, stage.gradient_accumulation_steps, False, scale.recomputes)
     setting = f"{gpus} GPU{'s' if gpus > 1 else ''} of {question.memory:g} GB, {_launch(layout)}"
     own, smallest = scale.footprint(layout), scale.smallest(question.memory)
+    masking = " and masks an image" if scale.masks_nothing(LARGEST_RUN) else ""
     fewest = (
-        f"no number of GPUs up to {LARGEST_RUN} fits as it is"
+        f"no number of GPUs up to {LARGEST_RUN} fits as it is{masking}"
         if smallest is None
         else f"the fewest that fit: {smallest.gpus} ({_launch(smallest)})"
     )
     total = own.total / GIGABYTE
+    unmasked = []
+    if scale.masks_nothing(gpus):
+        unmasked = ["  NO IMAGE IS MASKED there: take fewer GPUs or micro batches, or a larger batch_size"]
     if own.fits(question.memory):
-        return [f"  {setting}: fits, {total:.1f} GB, {question.memory - total:.1f} GB are left; {fewest}"]
+        return [f"  {setting}: fits, {total:.1f} GB, {question.memory - total:.1f} GB are left; {fewest}", *unmasked]
     lines = [f"  {setting}: DOES NOT FIT, {total:.1f} GB, {total - question.memory:.1f} GB too much; {fewest}"]
     ways = scale.ways_to_fit(gpus, question.memory)
+    if unmasked:
+        return lines + unmasked
     if not ways:
         return [*lines, "  nothing helps on so many GPUs: take more of them, a smaller teacher or smaller images"]
     return lines + [f"  fits with {_advice(scale, way)}: {found.total / GIGABYTE:.1f} GB" for way, found in ways]
@@ -225,9 +242,9 @@ def _verdict(scale: StageScale, question: ScaleQuestion) -> list[str]:
 def _advice(scale: StageScale, layout: Layout) -> str:
     stage, words = scale.stage, []
     if layout.accumulation != stage.gradient_accumulation_steps:
-        words.append(f"stages.{scale.name}.gradient_accumulation_steps={layout.accumulation}")
-    if layout.checkpointing and not stage.activation_checkpointing:
-        words.append(f"stages.{scale.name}.activation_checkpointing=true")
+        words.append(f"stages.{scale.key}.gradient_accumulation_steps={layout.accumulation}")
+    if layout.checkpointing and not scale.recomputes:
+        words.append(f"stages.{scale.key}.activation_checkpointing=true")
     if layout.fsdp:
         words.append("fsdp2.yaml")
     return " and ".join(words)

@@ -269,20 +269,26 @@ class DistillationStep(Step):
         return taught.patches, taught.cls
 
     def loss(self, model: nn.Module, pixels: torch.Tensor, taught: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        masked = int(self.mask_probability * len(pixels) + 1e-9)
+        masked = masked_images(self.mask_probability, len(pixels))
         masks = torch.zeros(masked, self.grid[0] * self.grid[1], dtype=torch.bool)
         with self._autocast():
             return model(pixels, *taught, self.grid, torch.arange(masked), masks)["total"]
 
 
+def masked_images(probability: float, images: int) -> int:
+    """How many images of a device's batch the trainer masks."""
+    return int(probability * images + 1e-9)
+
+
 class SegmentationStep(Step):
-    """The step of the task stage: a decode head on a frozen student.
+    """The step of the task stage: a decode head on a frozen student, or on one that is trained with it.
 
     Mask2Former assigns its queries to masks by their costs, which tensors without values do not have: any assignment
     stands in, and every image has min(classes, 12) of them. The rest of the loss runs as it is.
 
     Args:
         student: its configuration. decode_head, classes, norm_feature_maps: as the recipe has them.
+        frozen: whether the encoder is; a baseline's is not.
         settings: those of `Step`.
     """
 
@@ -294,18 +300,19 @@ class SegmentationStep(Step):
         decode_head: str | dict[str, Any],
         classes: int,
         norm_feature_maps: bool = False,
+        frozen: bool = True,
         patch_size: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(image_size, **settings)
-        self.student, self.patch_size = student, patch_size
+        self.student, self.patch_size, self.frozen = student, patch_size, frozen
         self.head = {"decode_head": decode_head, "num_labels": classes, "norm_feature_maps": norm_feature_maps}
 
     def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]:
         student = GKDStudentModel(GKDStudentConfig(encoder_config=copy.deepcopy(self.student)))
         student.set_geometry(self.image_size, self.patch_size)
         model = GKDStudentForSemanticSegmentation.from_student(student, **self.head)
-        model.freeze_encoder()
+        model.freeze_encoder(self.frozen)
         norms = [] if model.map_norms is None else list(model.map_norms)
         return model, student, nn.ModuleList([model.decode_head, *norms]), None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gkd_hf.models.loading import config_from_mapping
 from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training import scale_table
 from gkd_hf.training.live_memory import LiveMemory
 from gkd_hf.training.plan import PlannedEncoder
+from gkd_hf.training.recipe import Recipe, StageRecipe
 from gkd_hf.training.recipe_file import load_recipe
 from gkd_hf.training.scale import RESERVED, Layout, StageScale, stage_scale
 from gkd_hf.training.scale_question import ScaleQuestion
@@ -26,12 +29,17 @@ from gkd_hf.training.step_cost import DistillationStep, SegmentationStep, Step, 
 from tests.tiny import ENCODERS, MASK2FORMER
 
 ROOT = Path(__file__).parents[2]
-STUDENT, TEACHER = config_from_mapping(ENCODERS["vit"]), config_from_mapping(ENCODERS["dinov2"])
+LAYERS = 2
+VIT = ENCODERS["vit"] | {"num_hidden_layers": LAYERS}
+STUDENT, TEACHER = (config_from_mapping(each | {"num_hidden_layers": LAYERS}) for each in (VIT, ENCODERS["dinov2"]))
 AS_HERE: dict[str, Any] = {"precision": "fp32", "on_gpu": False}
 STEPS: dict[str, Step] = {
     "vit": DistillationStep(STUDENT, TEACHER, 64, **AS_HERE),
     "resnet": DistillationStep(config_from_mapping(ENCODERS["resnet"]), TEACHER, 64, **AS_HERE),
-    "mask2former": SegmentationStep(STUDENT, 64, decode_head=MASK2FORMER, classes=12, **AS_HERE),
+    "mask2former": SegmentationStep(
+        STUDENT, 32, decode_head=MASK2FORMER | {"decoder_layers": 2}, classes=12, **AS_HERE
+    ),
+    "end-to-end": SegmentationStep(STUDENT, 64, decode_head="linear", classes=12, frozen=False, **AS_HERE),
 }
 
 
@@ -71,13 +79,15 @@ def test_estimate_is_what_a_real_step_takes(name: str) -> None:
 
 
 @cache
-def costs(**changes: Any) -> dict[bool, tuple[StepCost, ...] | None]:
-    return DistillationStep(STUDENT, TEACHER, 64, **changes).costs((4, 8, 12))
+def costs(batches: tuple[int, ...], precision: str) -> dict[bool, tuple[StepCost, ...] | None]:
+    return DistillationStep(STUDENT, TEACHER, 64, precision=precision).costs(batches)
 
 
-@pytest.mark.parametrize(("precision", "teacher_bytes"), [("bf16", 2), ("fp32", 4)])
-def test_weights_are_counted_in_their_precision(precision: str, teacher_bytes: int) -> None:
-    cost = costs(precision=precision)[False][0]
+@pytest.mark.parametrize(
+    ("precision", "teacher_bytes", "batches"), [("bf16", 2, (4, 8, 12)), ("fp32", 4, (4,))], ids=("bf16", "fp32")
+)
+def test_weights_are_counted_in_their_precision(precision: str, teacher_bytes: int, batches: tuple[int, ...]) -> None:
+    cost = costs(batches, precision)[False][0]
     model, student, heads, teacher = STEPS["vit"].build()
     parameters = sum(p.numel() for p in student.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -93,7 +103,7 @@ def test_weights_are_counted_in_their_precision(precision: str, teacher_bytes: i
 
 
 def test_operations_of_a_vit_are_those_worked_out_by_hand() -> None:
-    batch, width, hidden, patch, layers, grid = 2, 24, 48, 8, 4, 4
+    batch, width, hidden, patch, grid = 2, 24, 48, 8, 4
     tokens = grid**2 + 1
     with torch.device("meta"):
         teacher = GKDTeacher(STUDENT)
@@ -103,7 +113,7 @@ def test_operations_of_a_vit_are_those_worked_out_by_hand() -> None:
         teacher.to_empty(device="cpu")(torch.zeros(batch, 3, 32, 32), (grid, grid), mean, mean + 1)
     block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
     embedding = grid**2 * 3 * patch**2 * width
-    assert memory.flops == 2 * batch * (layers * block + embedding)
+    assert memory.flops == 2 * batch * (LAYERS * block + embedding)
 
 
 def test_backward_costs_twice_the_forward_and_is_counted_as_torch_does() -> None:
@@ -134,8 +144,19 @@ def test_live_memory_forgets_what_is_gone() -> None:
     assert max(map(sum, memory.history["all"])) >= 8000
 
 
+def test_contiguous_copies_that_a_softmax_makes_are_counted() -> None:
+    images = torch.zeros(2, 6, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    size = images.numel() * 4
+    for given, copies in ((images, 1), (images.detach().contiguous(), 0)):
+        with LiveMemory(("logits",)) as memory, memory.phase("all", "logits"):
+            memory.claim([given], "logits")
+            result = torch.log_softmax(given, 1)
+        assert max(map(sum, memory.history["all"])) == (2 + copies) * size
+        assert memory.live["logits"] == result.numel() * 4 + size
+
+
 def test_every_moment_is_affine_in_the_batch() -> None:
-    for each in costs(precision="bf16").values():
+    for each in costs((4, 8, 12), "bf16").values():
         small, middle, large = each
         assert 3 * small.flops == large.flops
         for phase in ("teacher", "forward", "backward", "optimiser"):
@@ -146,23 +167,33 @@ def test_every_moment_is_affine_in_the_batch() -> None:
 
 def test_a_gpu_never_holds_an_attention_matrix() -> None:
     width, tokens, heads = 24, 64 * 64 + 1, 2
-    config = config_from_mapping(ENCODERS["vit"] | {"image_size": 512})
+    config = config_from_mapping(VIT | {"image_size": 512})
     cost = DistillationStep(config, config, 512).costs((2,))[False][0]
     assert cost.total() < 2 * heads * tokens**2 * 2  # one block's matrices of two images in bf16
     assert cost.total() > 2 * tokens * width * 2
 
 
-def scale(*overrides: str, sharding: str = "auto") -> StageScale:
-    recipe = load_recipe(ROOT / "scripts/recipes/quickstart.yaml", [f"teacher.sharding={sharding}", *overrides])
+QUICKSTART = ROOT / "scripts/recipes/quickstart.yaml"
+
+
+@cache
+def simulated() -> StageScale:
+    recipe = load_recipe(QUICKSTART, ["teacher.sharding=always", "stages.task_agnostic.precision=bf16"])
     encoders = (PlannedEncoder("student", STUDENT, False), PlannedEncoder("teacher", TEACHER, False))
     return stage_scale(recipe, "task_agnostic", recipe.stages.task_agnostic, *encoders)
 
 
-BATCH = ("stages.task_agnostic.batch_size=64", "stages.task_agnostic.precision=bf16")
+def scale(*overrides: str, sharding: str = "auto") -> StageScale:
+    """Of the same simulated steps, whatever the batch size."""
+    recipe = load_recipe(QUICKSTART, list(overrides))
+    return StageScale("task_agnostic", recipe.stages.task_agnostic, simulated().costs, sharding)
+
+
+BATCH = ("stages.task_agnostic.batch_size=64",)
 
 
 def test_fsdp_divides_weights_gradients_and_optimiser() -> None:
-    each = scale(*BATCH, "stages.task_agnostic.ema_decay=0.99", sharding="always")
+    each = scale(*BATCH, "stages.task_agnostic.ema_decay=0.99", sharding=simulated().teacher_sharding)
     cost = each.costs[False][0]
     for gpus in (2, 8):
         parts = each.footprint(Layout(gpus, fsdp=True)).parts
@@ -180,6 +211,16 @@ def test_fsdp_divides_weights_gradients_and_optimiser() -> None:
         assert "gradient buckets" not in parts
     assert scale(*BATCH, sharding="never").footprint(Layout(8)).parts["teacher's weights"] == cost.teacher.bytes
     assert not scale(*BATCH).shards_teacher(8)  # small
+
+
+def test_fsdp_keeps_whole_gradients_between_micro_batches() -> None:
+    each = scale(*BATCH)
+    cost = each.costs[False][0]
+    once, twice = (each.footprint(Layout(8, accumulation, fsdp=True)).parts for accumulation in (1, 2))
+    assert once["student's gradients"] == 4 * cost.student.trained / 8
+    assert twice["student's gradients"] == 4 * cost.student.trained
+    assert twice["heads"] - once["heads"] == pytest.approx(4 * cost.heads.trained * 7 / 8)
+    assert twice["optimiser's states"] == once["optimiser's states"]
 
 
 def test_ddp_keeps_everything_and_adds_buckets() -> None:
@@ -201,7 +242,7 @@ def test_ddp_keeps_everything_and_adds_buckets() -> None:
 
 
 def test_the_advice_fits() -> None:
-    each = scale("stages.task_agnostic.batch_size=4096", "stages.task_agnostic.precision=bf16")
+    each = scale("stages.task_agnostic.batch_size=4096")
     memory = (RESERVED + 0.7 * (each.footprint(Layout(2)).total - RESERVED)) / 1e9
     ways = each.ways_to_fit(2, memory)
     assert any(layout.accumulation > 1 and not layout.checkpointing for layout, _ in ways)
@@ -215,22 +256,104 @@ def test_the_advice_fits() -> None:
     assert each.smallest(0.001) is None
 
 
-def test_report_tells_what_fits_and_what_to_do() -> None:
-    recipe = load_recipe(
-        ROOT / "scripts/recipes/quickstart.yaml",
-        ["stages.task_agnostic.batch_size=4096", "stages.domain_agnostic=null", "stages.task.batch_size=6"],
+def test_what_masks_nothing_is_marked_and_never_advised() -> None:
+    each = scale(*BATCH)  # 64 images, of which half are masked
+    assert [gpus for gpus in (1, 2, 4, 8, 16, 32, 64) if each.masks_nothing(gpus)] == [64]
+    assert not scale(*BATCH, "stages.task_agnostic.mask_probability=1").masks_nothing(64)
+    assert not scale(*BATCH, "stages.task_agnostic.mask_probability=0").masks_nothing(64)
+    two, one = (each.footprint(Layout(32, accumulation)).total for accumulation in (1, 2))
+    assert one < two
+    between = (one + two) / 2e9
+    ways = each.ways_to_fit(32, between)
+    assert ways
+    assert all(layout.accumulation == 1 for layout, _ in ways)
+    least = each.footprint(Layout(64, fsdp=True, checkpointing=True))
+    assert each.smallest(least.total / 1e9) is None
+    assert each.ways_to_fit(64, 80) == []
+
+
+KNOWN: dict[tuple[str, bool], StageScale] = {}
+
+
+def simulated_once(recipe: Recipe, name: str, stage: StageRecipe, *encoders: PlannedEncoder) -> StageScale:
+    """`stage_scale`, which does not depend on the batch size, on which tests differ."""
+    key = (name, bool(recipe.baselines))
+    if key not in KNOWN:
+        KNOWN[key] = stage_scale(recipe, name, stage, *encoders)
+    return StageScale(name, stage, KNOWN[key].costs, KNOWN[key].teacher_sharding)
+
+
+@pytest.fixture(autouse=True)
+def _simulate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_table, "stage_scale", simulated_once)
+
+
+def report(question: ScaleQuestion, *overrides: str) -> str:
+    settings = [f"student.encoder={json.dumps(VIT)}", "stages.domain_agnostic=null", *overrides]
+    return scale_report(load_recipe(QUICKSTART, settings), question)
+
+
+def test_report_tells_of_baselines_and_of_what_masks_nothing() -> None:
+    text = report(
+        ScaleQuestion(16),
+        "stages.task_agnostic.batch_size=16",
+        "stages.task.activation_checkpointing=true",
+        "stages.task.batch_size=16",
+        "baselines=[none]",
     )
-    text = scale_report(recipe, ScaleQuestion(4, memory=2.0))
+    first, task, baseline = text.split("\nscale of ")[1:]
+    assert max(map(len, text.splitlines())) <= 100
+    rows = {line.split()[0]: line.split()[1] for line in first.splitlines() if line[:7].strip().isdigit()}
+    assert rows == {"1": "16", "2": "8", "4": "4", "8": "2", "16": "!1"}
+    assert "  ! no image would be masked" in first
+    assert "NO IMAGE IS MASKED there" in first
+    assert "!" not in task + baseline
+    assert task.startswith("stage task: ")
+    assert "ddp+ac" not in task
+    assert "activation_checkpointing is for them alone" in task
+    assert "16 GPUs of 80 GB, ddp: fits" in task
+    assert baseline.startswith("baseline none: ")
+    assert "16 GPUs of 80 GB, ddp+ac: fits" in baseline
+
+
+def test_a_baseline_is_estimated_with_its_encoder() -> None:
+    recipe = load_recipe(QUICKSTART, ["baselines=[none]"])
+    encoders = (PlannedEncoder("student", STUDENT, False), PlannedEncoder("teacher", TEACHER, False))
+    task, baseline = (simulated_once(recipe, name, recipe.stages.task, *encoders) for name in ("task", "none"))
+    segmenter = STEPS["end-to-end"].build()[0]
+    trained = sum(p.numel() for p in segmenter.student.parameters() if p.requires_grad)
+    assert trained > 0
+    assert (task.costs[False][0].student.trained, baseline.costs[False][0].student.trained) == (0, trained)
+    assert baseline.costs[False][1].moments["optimiser"][:, 3].max() == 4 * trained
+    frozen, learning = (each.footprint(Layout(1)).parts for each in (task, baseline))
+    states = 32 * (8 * 8 + 1) * 24 * 4  # of one layer, between its blocks
+    assert learning["activations"] > frozen["activations"] + 5 * LAYERS * states
+    assert frozen["optimiser's states"] == 0
+    assert learning["optimiser's states"] == pytest.approx(8 * trained, rel=0.02)
+    assert task.costs[True] is None
+    assert baseline.costs[True] is not None
+
+
+def test_a_setting_that_does_nothing_for_the_stage_is_left_out() -> None:
+    recipe = load_recipe(QUICKSTART, ["stages.task.activation_checkpointing=true"])
+    each = stage_scale(recipe, "task", recipe.stages.task, PlannedEncoder("student", STUDENT, False), None)
+    own = each.footprint(Layout(1)).total
+    assert all(not layout.checkpointing for layout, _ in each.ways_to_fit(1, 0.999 * own / 1e9))
+
+
+def test_report_tells_what_fits_and_what_to_do() -> None:
+    changes = ("stages.task_agnostic.batch_size=4096", "stages.task.batch_size=6", "baselines=[]")
+    text = report(ScaleQuestion(4, memory=1.6), *changes)
     first, task = text.split("scale of stage ")[1:]
     assert max(map(len, text.splitlines())) <= 100
-    assert "4 GPUs of 2 GB, ddp: DOES NOT FIT" in first
+    assert "4 GPUs of 1.6 GB, ddp: DOES NOT FIT" in first
     assert "fits with stages.task_agnostic.gradient_accumulation_steps=" in first
     assert [line.split()[0] for line in first.splitlines() if line[:7].strip().isdigit()] == [
         str(2**power) for power in range(10)
     ]
     assert "no row for 4 … 512: so many GPUs cannot share 6 images evenly" in task
-    assert "4 GPUs cannot share the 6 images of a step of task evenly: at most 3 can" in task
-    roomy = scale_report(recipe, ScaleQuestion(2, memory=80))
+    assert "4 GPUs cannot share the 6 images of a step of stage task evenly: at most 3 can" in task
+    roomy = report(ScaleQuestion(2), *changes)
     assert roomy.count(": fits, ") == 2
     assert "*" not in roomy.split("scale of stage ", 1)[1]
 
