@@ -32,7 +32,7 @@ def run_launched(script: str, *arguments: object, processes: int) -> str:
     command = [*LAUNCH, "--config_file", str(preset), "--num_processes", str(processes)]
     command += ["--main_process_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=480)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return run.stdout
 

@@ -32,7 +32,7 @@ def hub() -> Iterator[LoopbackHub]:
 def hub_process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python against `hub`; fails the test if `check` is set and the process ends with an error.
 
-    `hub_process(code | path of a script, *arguments, token=…, home=…, check=True, timeout=120, python=…, NAME=value)`
+    `hub_process(code | path of a script, *arguments, token=…, home=…, check=True, timeout=300, python=…, NAME=value)`
     where `home` is the folder of the client's caches, by default one per test.
     """
 
@@ -42,7 +42,7 @@ def hub_process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.Co
         token: str | None = hub.write_token,
         home: Path = tmp_path / "home",
         check: bool = True,
-        timeout: float = 120,
+        timeout: float = 300,
         python: str | Path = sys.executable,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
