@@ -53,9 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     from gkd_hf.hub.push import check_finished, run_settings
 
     try:
-        for run_dir in runs.values():
+        recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+        names = [recipe.stem for recipe in recipes]
+        for name, run_dir in runs.items():
+            if name not in names:
+                raise InputError(f"'{run_dir}' is not called like a recipe, one of {', '.join(names)}: rename it")
             check_finished(run_dir, run_settings(run_dir))
-        for recipe in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")):
+        for recipe in recipes:
             path = CARDS / f"{recipe.stem}.md"
             if recipe.stem in runs:
                 path.write_text(run_card(runs[recipe.stem], recipe.stem), encoding="utf-8")

@@ -403,6 +403,13 @@ def test_every_recipe_has_its_card_as_rendered(recipe: Path, render_cards: Modul
         assert "## Results" not in text
 
 
+def test_a_run_in_a_folder_of_no_recipes_name_is_refused(
+    render_cards: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert render_cards.main([str(tmp_path)]) == 2
+    assert "is not called like a recipe, one of camvid_day_to_dusk" in capsys.readouterr().err
+
+
 def test_the_template_is_part_of_the_package() -> None:
     assert TEMPLATE.is_file() and TEMPLATE.is_relative_to(ROOT / "gkd_hf")
     assert TEMPLATE.read_text() == (ROOT / "model_cards" / "TEMPLATE.md").read_text()
