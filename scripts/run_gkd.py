@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted:
         return 0
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command goes on from the last checkpoint, if there was one yet", file=sys.stderr)
         return 130
 
 
@@ -104,10 +104,11 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plan:
             from gkd_hf.training.plan import plan
 
-            print(plan(recipe))
+            print(plan(recipe), flush=True)
             if question is not None:
                 from gkd_hf.training.scale_table import scale_report
 
+                print("\nworking out a step of every stage on paper: a minute or so", file=sys.stderr, flush=True)
                 print(f"\n{scale_report(recipe, question)}")
             return 0
     except InputError as error:

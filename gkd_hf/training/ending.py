@@ -30,7 +30,7 @@ def exit_code(run: Callable[[], Any]) -> int:
     except Preempted:
         code = 0
     except KeyboardInterrupt:
-        _say("interrupted: the same command goes on from the last checkpoint")
+        _say("interrupted: the same command goes on from the last checkpoint, if there was one yet")
         code = 130
     except InputError as error:
         code = refused(error)

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     # Loading can warn that tensor parallelism, which nobody asked for, shards nothing.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
+    # Gradients of 1×1 convolutions may come in another memory format than DDP's buckets: they are copied, no more.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return Pipeline(recipe).run()
 
 

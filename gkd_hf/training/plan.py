@@ -102,7 +102,11 @@ def plan(recipe: Recipe) -> str:
     if teacher is not None:
         lines += _encoder_lines("teacher (frozen)", teacher, f", geometry {recipe.teacher.geometry}")
     for name, stage in recipe.stages:
-        lines += ["", *_stage_lines(recipe, name, stage, student, teacher)]
+        try:
+            lines += ["", *_stage_lines(recipe, name, stage, student, teacher)]
+        except InputError as error:
+            where = f"stages.{name}"
+            raise InputError(str(error) if where in str(error) else f"{where}: {error}") from error
     lines += ["", *_evaluation_lines(recipe), "", *_data_lines(recipe), ""]
     lines += _download_lines(recipe, student, teacher)
     lines += ["", *_output_lines(recipe)]
@@ -217,6 +221,8 @@ def _distillation_parameters(
     kind = MSEObjective if recipe.method == "mse" else GKDObjective
     with torch.device("meta"):
         body = GKDStudentModel(GKDStudentConfig(encoder_config=_in_geometry(student, stage)))
+        if stage.activation_checkpointing:
+            body.check_activation_checkpointing()
         heads = kind(adapter_for(student.config).width, adapter_for(teacher.config).width)
     return f"student {millions(count(body))} + heads {millions(count(heads, trainable_only=True))}"
 
@@ -231,6 +237,9 @@ def _task_parameters(recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder)
             num_labels=classes,
             decode_head=stage.decode_head,
         )
+    if stage.activation_checkpointing:
+        segmenter.freeze_encoder(not recipe.baselines)  # a baseline trains the encoder too
+        segmenter.check_activation_checkpointing()
     segmenter.freeze_encoder()
     trainable = count(segmenter, trainable_only=True)
     return (

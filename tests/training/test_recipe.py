@@ -190,6 +190,13 @@ def test_wrong_settings_of_large_runs_are_told(change: str, message: str) -> Non
         load_recipe(QUICKSTART, [change])
 
 
+@pytest.mark.parametrize("stage", ["task_agnostic", "task"])
+def test_the_plan_refuses_to_compute_again_what_cannot_be(stage: str) -> None:
+    recipe = load_recipe(QUICKSTART, [f"stages.{stage}.activation_checkpointing=true"])
+    with pytest.raises(InputError, match=f"^stages.{stage}: .*activation"):
+        plan(recipe)
+
+
 def test_settings_of_large_runs_reach_the_trainers(tmp_path: Path) -> None:
     large = ("ema_decay=0.9", "activation_checkpointing=true", "compile=true")
     changes = [f"stages.{stage}.{change}" for stage in ("task_agnostic", "task") for change in large]
