@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tests.distributed.run_equality import STEPS, TRAININGS, main, trainings
 from tests.distributed.test_two_processes import run_launched
 
-pytestmark = pytest.mark.xdist_group("equality")  # what is trained once is trained in one of pytest's processes
 WORLDS = (1, 2, 4)
 
 

@@ -17,7 +17,6 @@ from tests.cli.test_kill_and_resume import STAGES, write_recipe
 from tests.distributed import run_fsdp
 from tests.distributed.test_two_processes import LAUNCH, ROOT, free_port, run_launched
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # what is trained once is trained in one of pytest's processes
 STAGE_ONE = ["distil", "distil-accumulated", "distil-resnet", "distil-bf16"]
 STAGE_TWO = ["task-linear", "task-upernet", "task-mask2former", "end-to-end"]
 # Mask2Former's loss averages its number of masks over processes, not over the micro batches of one.
