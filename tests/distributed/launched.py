@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PRESETS = ROOT / "scripts" / "accelerate"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -21,11 +22,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch_command(processes: int) -> list[str]:
-    # --cpu --num_processes 2 silently runs one process; --multi_gpu starts two, which find no GPU and take gloo.
-    several = ["--multi_gpu", "--main_process_port", str(free_port())] if processes > 1 else []
-    command = [*LAUNCH, *several, "--num_processes", str(processes), "--num_machines", "1"]
-    return [*command, "--mixed_precision", "no", "--dynamo_backend", "no"]
+def launch_command(processes: int, preset: str | None = None) -> list[str]:
+    """What comes before the script; None takes the preset for that many processes with whole copies."""
+    # --cpu --num_processes 2 silently runs one process; the preset ddp starts two, which find no GPU and take gloo.
+    preset = preset or ("ddp" if processes > 1 else "single")
+    command = [*LAUNCH, "--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", str(processes)]
+    return [*command, "--main_process_port", str(free_port())]
+
+
+def own_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that imports this checkout and has one thread and no GPU."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def run_launched(script: str, *arguments: object, processes: int, preset: str | None = None) -> str:
+    """Run a script of the repository to its end and return what it printed; see `launch_command`."""
+    run = subprocess.run(
+        [*launch_command(processes, preset), str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=own_environment(),
+        timeout=480,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout
 
 
 class Launched:
@@ -39,13 +60,7 @@ class Launched:
     def __init__(self, processes: int, log: Path, script: str, *arguments: object):
         self.processes, self.log = processes, log
         start = launch_command(processes) if processes else [sys.executable]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = own_environment(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [*start, str(ROOT / script), *map(str, arguments)],

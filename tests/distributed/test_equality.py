@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.launched import run_launched
 from tests.distributed.run_equality import STEPS, TRAININGS, main, trainings
-from tests.distributed.test_two_processes import run_launched
 
 WORLDS = (1, 2, 4)
 

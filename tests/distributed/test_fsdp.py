@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,12 @@ from safetensors.torch import load_file
 from gkd_hf import GKDSegmentationTrainer, GKDStudentForSemanticSegmentation, GKDStudentModel
 from tests.cli.test_kill_and_resume import STAGES, write_recipe
 from tests.distributed import run_fsdp
-from tests.distributed.test_two_processes import LAUNCH, ROOT, free_port, run_launched
+from tests.distributed.launched import run_launched
 
 STAGE_ONE = ["distil", "distil-accumulated", "distil-resnet", "distil-bf16"]
 STAGE_TWO = ["task-linear", "task-upernet", "task-mask2former", "end-to-end"]
 # Mask2Former's loss averages its number of masks over processes, not over the micro batches of one.
 COMPARED = [case for case in (*STAGE_ONE, *STAGE_TWO) if case != "task-mask2former"]
-
-
-def run_sharded(script: str, *arguments: object) -> str:
-    """Run a program in two processes by the preset that users have."""
-    command = [*LAUNCH, "--config_file", str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
-    command += ["--main_process_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return run.stdout
 
 
 @pytest.mark.parametrize(
@@ -68,7 +56,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a launch that trained every case sharded over two processes."""
     folder = tmp_path_factory.mktemp("sharded")
     cases = [*STAGE_ONE, *STAGE_TWO]
-    run_sharded("tests/distributed/run_fsdp.py", folder, *cases)
+    run_launched("tests/distributed/run_fsdp.py", folder, *cases, processes=2, preset="fsdp2")
     return folder
 
 
@@ -142,12 +130,14 @@ def test_the_model_that_is_kept_is_whole(case: str, sharded: Path, tmp_path: Pat
 def test_a_recipe_runs_sharded(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     steps = [f"stages.{stage}.max_steps=4" for stage in STAGES] + ["stages.task_agnostic.query_warmup_steps=2"]
-    output = run_sharded(
+    output = run_launched(
         "tests/distributed/run_recipe_sharded.py",
         recipe,
         *steps,
         "teacher.sharding=always",
         f"output_dir={tmp_path / 'out'}",
+        processes=2,
+        preset="fsdp2",
     )
     assert output.count("mIoU in percent") == 1  # one process speaks
     report = json.loads((tmp_path / "out" / "report.json").read_text())

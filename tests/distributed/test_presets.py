@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from gkd_hf import GKDDistillationArguments, InputError
 from tests.cli.test_kill_and_resume import write_recipe
-from tests.distributed.test_two_processes import LAUNCH, ROOT
+from tests.distributed.launched import LAUNCH, PRESETS, ROOT, own_environment
 
-PRESETS = ROOT / "scripts" / "accelerate"
 ENGINES = {
     "single": "NO",
     "ddp": "MULTI_GPU",
@@ -38,8 +36,7 @@ def environment(name: str, *options: str) -> dict[str, str]:
 
 def launch(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [*LAUNCH, "--config_file", str(PRESETS / f"{name}.yaml"), *map(str, arguments)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=own_environment(), timeout=240)
 
 
 def test_every_preset_is_known() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,22 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launched import LAUNCH, ROOT, free_port
+from tests.distributed.launched import ROOT, own_environment, run_launched
 
-PRESETS = ROOT / "scripts" / "accelerate"
-
-
-def launch(preset: str, processes: int, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCH, "--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", str(processes)]
-    command += ["--main_process_port", str(free_port()), str(ROOT / "tests/distributed/run_resharded.py"), str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+RESHARDED = "tests/distributed/run_resharded.py"
 
 
 def test_shards_go_on_with_more_and_with_fewer_processes(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run = launch("fsdp2", 2, whole)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_launched(RESHARDED, whole, processes=2, preset="fsdp2")
     record = json.loads((whole / "checkpoint-2" / "complete.json").read_text())
     assert (record["engine"], record["processes"]) == ("fsdp", 2)
     assert {name for name in record["files"] if name.startswith("rng_state")} == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -36,8 +27,7 @@ def test_shards_go_on_with_more_and_with_fewer_processes(tmp_path: Path) -> None
     for processes in (4, 1):
         out = tmp_path / str(processes)
         shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
-        run = launch("fsdp2", processes, out)
-        assert run.returncode == 0, run.stderr[-4000:]
+        run_launched(RESHARDED, out, processes=processes, preset="fsdp2")
         record = json.loads((out / "checkpoint-4" / "complete.json").read_text())
         assert (record["engine"], record["processes"]) == ("fsdp", processes)
         weights = load_file(out / f"weights.{processes}.safetensors")
@@ -48,11 +38,10 @@ def test_shards_go_on_with_more_and_with_fewer_processes(tmp_path: Path) -> None
     out = tmp_path / "plain"
     shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
     run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/distributed/run_resharded.py"), str(out)],
+        [sys.executable, str(ROOT / RESHARDED), str(out)],
         capture_output=True,
         text=True,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=own_environment(WORLD_SIZE="1"),
         timeout=240,
         check=False,
     )

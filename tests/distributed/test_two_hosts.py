@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_two_processes import LAUNCH, ROOT, free_port
+from tests.distributed.launched import LAUNCH, ROOT, free_port, own_environment
 
 STAGES = ("task_agnostic", "domain_agnostic", "task")
 STEPS = 6
@@ -68,11 +68,10 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def start(arguments: list[str], out: Path, prefix: list[str], **variables: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = (out.parent / f"{out.name}.{len(list(out.parent.glob('*.log')))}.log").open("w")
     return subprocess.Popen(
         [*prefix, *LAUNCH, *arguments, *SCRIPT, f"output_dir={out}"],
-        env=environment | variables,
+        env=own_environment(**variables),
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,27 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_kill_and_resume import STAGES, write_recipe
-
-ROOT = Path(__file__).parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_launched(script: str, *arguments: object, processes: int) -> str:
-    # --cpu --num_processes 2 silently runs one process; --multi_gpu starts two, which find no GPU and take gloo.
-    # That is what the preset ddp says, too.
-    preset = ROOT / "scripts" / "accelerate" / ("ddp.yaml" if processes > 1 else "single.yaml")
-    command = [*LAUNCH, "--config_file", str(preset), "--num_processes", str(processes)]
-    command += ["--main_process_port", str(free_port()), str(ROOT / script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=480)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    return run.stdout
+from tests.distributed.launched import run_launched
 
 
 def launch(stage: str, out: Path, processes: int, micro: int, accumulation: int = 1, stop: int = 4) -> Path:
