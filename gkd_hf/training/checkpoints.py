@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from gkd_hf.data.shard_writer import sync_folder
 from gkd_hf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -226,12 +227,12 @@ def put_in_place(folder: str | os.PathLike, step: int, engine: str, processes: i
         file.flush()
         os.fsync(file.fileno())
     for each in folders:
-        _folder_to_disk(each)
+        sync_folder(each)
     aside = new.with_name(f"{_REPLACED}{name}")
     if place.exists():
         os.replace(place, aside)
     os.replace(new, place)
-    _folder_to_disk(place.parent)
+    sync_folder(place.parent)
     shutil.rmtree(new.parent, ignore_errors=True)
     return place
 
@@ -339,11 +340,3 @@ def _crc32(path: Path, to_disk: bool = False) -> int:
         if to_disk:
             os.fsync(file.fileno())
     return value
-
-
-def _folder_to_disk(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
