@@ -41,7 +41,7 @@ from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
 from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
-from gkd_hf.training.sharding import under, whole_state_dict
+from gkd_hf.training.sharding import check_can_shard, under, whole_state_dict
 from gkd_hf.training.stage_arguments import device_batch, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
 
@@ -92,6 +92,7 @@ class Pipeline:
         if done is not None:
             return done
         if self.state.is_main_process:
+            check_can_shard(self.state)
             check_output_dir(self.output_dir)
             if recipe.hub.repo_id is not None:
                 check_push_rights(*repo_ids(recipe.as_dict(), recipe.hub.repo_id))

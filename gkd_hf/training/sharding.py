@@ -6,8 +6,8 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -16,6 +16,22 @@ from gkd_hf.errors import InputError
 
 if TYPE_CHECKING:
     from gkd_hf.training.stream_trainer import StreamTrainer
+
+
+NOT_ON_CPUS = (
+    "Accelerate does not shard on CPUs: it would train with whole copies (take scripts/accelerate/ddp.yaml for that, "
+    "or GPUs)"
+)
+
+
+def check_can_shard(state: PartialState) -> None:
+    """Refuse, before anything is prepared, what `set_up_sharding` would refuse when the first stage begins.
+
+    Raises:
+        InputError: sharding is configured for processes on CPUs.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and state.distributed_type == DistributedType.MULTI_CPU:
+        raise InputError(NOT_ON_CPUS)
 
 
 def set_up_sharding(accelerator: Accelerator) -> None:
@@ -33,10 +49,7 @@ def set_up_sharding(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
-            raise InputError(
-                "Accelerate does not shard on CPUs: it would train with whole copies (take "
-                "scripts/accelerate/ddp.yaml for that, or GPUs)"
-            )
+            raise InputError(NOT_ON_CPUS)
         return
     if plugin.fsdp_version != 2:
         raise InputError("models are sharded by FSDP2 only: set fsdp_version to 2 in Accelerate's configuration")

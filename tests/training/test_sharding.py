@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gkd_hf import InputError
-from gkd_hf.training.sharding import is_sharded, set_up_sharding, skeleton, under, whole_model, whole_state_dict
+from gkd_hf.training.sharding import (
+    check_can_shard,
+    is_sharded,
+    set_up_sharding,
+    skeleton,
+    under,
+    whole_model,
+    whole_state_dict,
+)
 from tests.training.test_trainers import assert_equal, distillation_trainer, segmentation_trainer
 
 
@@ -33,6 +41,15 @@ def test_what_would_not_be_fsdp2_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     set_up_sharding(accelerator(None, processes=1))
     with pytest.raises(InputError, match="does not shard on CPUs"):
         set_up_sharding(accelerator(None))
+
+
+def test_sharding_on_cpus_is_refused_before_anything_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpus, on_gpus = (SimpleNamespace(distributed_type=DistributedType[f"MULTI_{each}"]) for each in ("CPU", "GPU"))
+    check_can_shard(on_cpus)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_can_shard(on_gpus)
+    with pytest.raises(InputError, match="does not shard on CPUs"):
+        check_can_shard(on_cpus)
 
 
 def test_deepspeed_shares_out_no_weights() -> None:
