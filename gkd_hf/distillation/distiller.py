@@ -59,18 +59,20 @@ class GKDDistiller(nn.Module):
         """
         whole = self.student(pixel_values)
         patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
-        masked_patches = patches
+        masked_patches, mask = patches, None
         if len(mask_rows):
             with frozen_running_statistics(self.student):
                 masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
             seen_masked = resample_tokens(masked.last_hidden_state, masked.grid, grid)
             masked_patches = patches.index_copy(0, mask_rows, seen_masked.to(patches.dtype))
+            mask = masks.new_zeros(len(patches), masks.shape[1]).index_copy(0, mask_rows, masks)
         losses = self.objective(
             student_patches=patches,
             student_patches_masked=masked_patches,
             student_cls=whole.pooler_output,
             teacher_patches=teacher_patches,
             teacher_cls=teacher_cls,
+            mask=mask,
         )
         if attention:
             losses |= self.objective.feature.attention_statistics(patches[:2], teacher_patches[:2])

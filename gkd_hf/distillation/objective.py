@@ -39,6 +39,7 @@ class MSEObjective(nn.Module):
         student_cls: torch.Tensor,
         teacher_patches: torch.Tensor,
         teacher_cls: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses of one batch.
 
@@ -46,6 +47,7 @@ class MSEObjective(nn.Module):
             student_patches: B×N×C_s of the whole image. student_patches_masked: B×N×C_s, in which some samples were
                 seen with patches hidden. student_cls: B×C_s of the whole image.
             teacher_patches: B×N×C_t. teacher_cls: B×C_t; neither gets a gradient.
+            mask: B×N, True where the masked view had the patch hidden; None if it had none hidden.
 
         Returns:
             ``total`` and, unweighted, ``token`` (class token, over B·C_t), ``feature`` (class and patch tokens, over
@@ -54,17 +56,35 @@ class MSEObjective(nn.Module):
         Raises:
             InputError: shapes that do not fit together.
         """
-        _check_shapes(student_patches, student_patches_masked, student_cls, teacher_patches, teacher_cls)
+        _check_shapes(student_patches, student_patches_masked, student_cls, teacher_patches, teacher_cls, mask)
         target, target_cls = teacher_patches.detach(), teacher_cls.detach()
         # Errors, not means, so that the class token's is used twice but computed once.
         token_error = _squared_error(self.token(student_cls[:, None], target_cls[:, None])[:, 0], target_cls)
         feature_error = _squared_error(self.feature(student_patches, target), target)
-        patch_error = _squared_error(self.patch(student_patches_masked, target), target)
+        patch = self._patch_loss(self.patch(student_patches_masked, target), target, mask)
         token = token_error / target_cls.numel()
         feature = (token_error + feature_error) / (target_cls.numel() + target.numel())
-        patch = patch_error / target.numel()
         total = sum(weight * loss for weight, loss in zip(self.weights, (token, feature, patch), strict=True))
         return {"total": total, "token": token, "feature": feature, "patch": patch}
+
+    def _patch_loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return _squared_error(prediction, target) / target.numel()
+
+
+class ProteusObjective(MSEObjective):
+    """Proteus's objective (ICLR 2025): LN + Linear heads, the patch loss on the hidden patches alone.
+
+    ``patch`` is Σ over hidden patches and channels of (prediction − target)² / (hidden patches · C_t): the mean over
+    what the student did not see, in place of the mean over all B·N·C_t. Token and feature loss are GKD's. Without a
+    hidden patch it is 0, and so are its gradients: they are there, as gradient reduction over processes expects.
+    """
+
+    def _patch_loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is None:
+            mask = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device)
+        error = (prediction.float() - target.float()).square().masked_fill(~mask[..., None], 0.0)
+        # Counted on the device: asking for the number here would wait for it in every step.
+        return error.sum() / (mask.sum() * target.shape[-1]).clamp_min(1)
 
 
 class GKDObjective(MSEObjective):
@@ -110,13 +130,19 @@ def _squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def _check_shapes(
-    patches: torch.Tensor, masked: torch.Tensor, cls: torch.Tensor, target: torch.Tensor, target_cls: torch.Tensor
+    patches: torch.Tensor,
+    masked: torch.Tensor,
+    cls: torch.Tensor,
+    target: torch.Tensor,
+    target_cls: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> None:
     checks: list[tuple[str, Callable[[], bool]]] = [
         ("student_patches and student_patches_masked", lambda: patches.shape == masked.shape),
         ("student_patches and teacher_patches (batch, tokens)", lambda: patches.shape[:2] == target.shape[:2]),
         ("student_cls and student_patches", lambda: cls.shape == (patches.shape[0], patches.shape[2])),
         ("teacher_cls and teacher_patches", lambda: target_cls.shape == (target.shape[0], target.shape[2])),
+        ("mask and student_patches", lambda: mask is None or mask.shape == patches.shape[:2]),
     ]
     for what, agree in checks:
         if not agree():
@@ -127,4 +153,6 @@ def _check_shapes(
                 "teacher_patches": tuple(target.shape),
                 "teacher_cls": tuple(target_cls.shape),
             }
+            if mask is not None:
+                shapes["mask"] = tuple(mask.shape)
             raise InputError(f"{what} do not fit together: {shapes}")
