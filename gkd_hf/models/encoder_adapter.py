@@ -21,12 +21,14 @@ class EncoderOutput:
         patches: B×N×C, the patch tokens or the last map's positions, row by row, after the final norm if there is one.
         grid: (h, w) with h·w = N.
         maps: stage maps B×C_i×h_i×w_i for a decode head, finest first; empty unless asked for.
+        blocks: B×N×C patch tokens after the blocks asked for, before the final norm; empty unless asked for.
     """
 
     cls: torch.Tensor
     patches: torch.Tensor
     grid: tuple[int, int]
     maps: tuple[torch.Tensor, ...] = ()
+    blocks: tuple[torch.Tensor, ...] = ()
 
 
 class EncoderAdapter(ABC):
@@ -64,6 +66,19 @@ class EncoderAdapter(ABC):
         """Pixels per patch token along one axis."""
 
     @property
+    def owns_grid(self) -> bool:
+        """Whether a student of this kind dictates the grid on which the losses live; elsewhere the teacher does.
+
+        It does where its tokens are tied to their places: it masks them itself, or learned a position for each.
+        """
+        return self.native_mask or self.fixed_grid
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Number of blocks on the grid of the patch tokens, all of one width; None where there are no such blocks."""
+        return None
+
+    @property
     @abstractmethod
     def map_channels(self) -> tuple[int, ...]:
         """Channels C_i of the stage maps."""
@@ -90,12 +105,18 @@ class EncoderAdapter(ABC):
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
         norm_maps: bool = False,
+        output_blocks: tuple[int, ...] = (),
     ) -> EncoderOutput:
         """Run ``model`` on B×3×H×W pixels.
 
         Args:
             bool_masked_pos: B×N, only for adapters with ``native_mask``.
             norm_maps: pass the stage maps through the final norm (ViTs only; elsewhere it fits the last map alone).
+            output_blocks: blocks whose patch tokens are wanted too, counted from 1 to ``num_blocks``.
+
+        Raises:
+            InputError: an image that does not cut into whole patches, a mask without ``native_mask``, or blocks that
+                there are not.
         """
 
     def map_norms(self) -> nn.ModuleList | None:
@@ -112,6 +133,18 @@ class EncoderAdapter(ABC):
     def plain_state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Return the weights as ``AutoModel`` wants them, which builds ``model_class`` without ``constructor``."""
         return model.state_dict()
+
+    def check_blocks(self, blocks: tuple[int, ...]) -> None:
+        """Raise `InputError` if these blocks, counted from 1, are not all there."""
+        kind, depth = self.config.model_type, self.num_blocks
+        if blocks and depth is None:
+            raise InputError(
+                f"{kind} has no blocks on one grid whose tokens could be taken (asked for blocks "
+                f"{', '.join(map(str, blocks))}): only vision transformers of one resolution have them"
+            )
+        for block in blocks:
+            if not 1 <= block <= depth:
+                raise InputError(f"{kind} has blocks 1 to {depth}, block {block} was asked for")
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise `InputError` if an H×W image does not cut into whole patches (edge pixels would be dropped)."""

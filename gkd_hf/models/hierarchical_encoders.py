@@ -38,8 +38,10 @@ class _ConvolutionalAdapter(_HierarchicalAdapter):
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
         norm_maps: bool = False,
+        output_blocks: tuple[int, ...] = (),
     ) -> EncoderOutput:
         self.refuse_mask(bool_masked_pos)
+        self.check_blocks(output_blocks)
         # Convolutions are faster with the channels innermost, and pass that layout on.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         output = model(pixel_values, output_hidden_states=output_maps)
@@ -229,8 +231,10 @@ class SwinAdapter(_HierarchicalAdapter):
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
         norm_maps: bool = False,
+        output_blocks: tuple[int, ...] = (),
     ) -> EncoderOutput:
         self.refuse_mask(bool_masked_pos)
+        self.check_blocks(output_blocks)
         self.check_image_size(*pixel_values.shape[-2:])
         self._forget_sizes(model)
         output = model(

@@ -14,6 +14,7 @@ class _TransformerAdapter(EncoderAdapter):
     native_mask = True
     fixed_grid = True
     whole_patches = True
+    final_norm = "layernorm"
 
     @property
     def width(self) -> int:
@@ -23,6 +24,10 @@ class _TransformerAdapter(EncoderAdapter):
     def stride(self) -> int:
         patch = self.config.patch_size
         return patch if isinstance(patch, int) else patch[0]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
 
     @property
     def map_layers(self) -> tuple[int, ...]:
@@ -51,12 +56,13 @@ class _TransformerAdapter(EncoderAdapter):
         bool_masked_pos: torch.Tensor | None = None,
         output_maps: bool = False,
         norm_maps: bool = False,
+        output_blocks: tuple[int, ...] = (),
     ) -> EncoderOutput:
+        self.check_blocks(output_blocks)
         self.check_image_size(*pixel_values.shape[-2:])
         grid = (pixel_values.shape[-2] // self.stride, pixel_values.shape[-1] // self.stride)
-        output = model(
-            pixel_values, bool_masked_pos=bool_masked_pos, output_hidden_states=output_maps, **self.any_size
-        )
+        wanted = output_maps or bool(output_blocks)
+        output = model(pixel_values, bool_masked_pos=bool_masked_pos, output_hidden_states=wanted, **self.any_size)
         tokens = output.last_hidden_state
         maps = ()
         if output_maps:
@@ -65,7 +71,8 @@ class _TransformerAdapter(EncoderAdapter):
             if norm_maps:
                 states = [model.layernorm(state) for state in states]
             maps = tuple(state[:, 1:].transpose(1, 2).unflatten(2, grid) for state in states)
-        return EncoderOutput(tokens[:, 0], tokens[:, 1:], grid, maps)
+        blocks = tuple(output.hidden_states[block][:, 1:] for block in output_blocks)
+        return EncoderOutput(tokens[:, 0], tokens[:, 1:], grid, maps, blocks)
 
 
 class ViTAdapter(_TransformerAdapter):

@@ -58,7 +58,7 @@ def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) 
     if image_size < 2 * stride:
         raise InputError(f"image_size {image_size} leaves the student a single token: {2 * stride} is the least")
     grid = teacher.grid_for(image_size)
-    if student.adapter.fixed_grid:
+    if student.adapter.owns_grid:
         grid = (image_size // student.adapter.stride,) * 2
     teacher.fit_geometry(image_size, grid)
 

@@ -105,8 +105,8 @@ class GKDDistillationTrainer(StreamTrainer):
         self.teacher = teacher if isinstance(teacher, GKDTeacher) else GKDTeacher(teacher)
         if args.activation_checkpointing:
             student.check_activation_checkpointing()
-        # A student with learned positions dictates the grid; a CNN's map is resampled to the teacher's.
-        grid_owner = student.adapter if student.adapter.fixed_grid else self.teacher.adapter
+        # A student whose tokens have their places dictates the grid; a CNN's map is resampled to the teacher's.
+        grid_owner = student.adapter if student.adapter.owns_grid else self.teacher.adapter
         model = GKDDistiller(student, objective or self._new_objective(student, args))
         self._check_objective(model.objective, student)
         # Masks a batch never draws would leave their parameter without a gradient.

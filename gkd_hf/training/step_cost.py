@@ -254,7 +254,7 @@ class DistillationStep(Step):
         student = GKDStudentModel(GKDStudentConfig(encoder_config=copy.deepcopy(self.student)))
         student.set_geometry(self.image_size, self.patch_size)
         teacher = GKDTeacher(copy.deepcopy(self.teacher), geometry=self.geometry)
-        owner = student.adapter if student.adapter.fixed_grid else teacher.adapter
+        owner = student.adapter if student.adapter.owns_grid else teacher.adapter
         self.grid = (max(1, round(self.image_size / owner.stride)),) * 2
         teacher.fit_geometry(self.image_size, self.grid)
         if self.bf16:

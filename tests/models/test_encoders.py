@@ -153,6 +153,31 @@ def test_stage_maps_can_pass_the_final_norm() -> None:
     torch.testing.assert_close(last, output.last_hidden_state)
 
 
+def test_blocks_are_the_tokens_after_them(student: GKDStudentModel) -> None:
+    adapter, pixels = student.adapter, torch.randn(1, 3, 64, 96)
+    if adapter.num_blocks is None:
+        with pytest.raises(InputError, match=f"{adapter.config.model_type} has no blocks on one grid"):
+            adapter.forward(student.encoder, pixels, output_blocks=(1, 2))
+        return
+    output = adapter.forward(student.encoder, pixels, output_maps=True, output_blocks=(1, adapter.num_blocks))
+    seen = []
+    norm = student.encoder.get_submodule(adapter.final_norm)
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    patches = adapter.forward(student.encoder, pixels).patches
+    hook.remove()
+    count = output.patches.shape[1]
+    torch.testing.assert_close(output.blocks[1], seen[0][:, -count:])
+    torch.testing.assert_close(output.blocks[1], output.maps[-1].flatten(2).transpose(1, 2))
+    assert output.blocks[0].shape == output.patches.shape == patches.shape
+    assert not torch.allclose(output.blocks[0], output.blocks[1])
+    with pytest.raises(InputError, match=f"has blocks 1 to {adapter.num_blocks}, block {adapter.num_blocks + 1}"):
+        adapter.forward(student.encoder, pixels, output_blocks=(adapter.num_blocks + 1,))
+
+
+def test_who_owns_the_grid(student: GKDStudentModel) -> None:
+    assert student.adapter.owns_grid == (student.config.encoder_config.model_type in TRANSFORMERS)
+
+
 def test_image_mask_uses_the_learned_pixel() -> None:
     pixel = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     mask = torch.tensor([[True, False, False, False]])
