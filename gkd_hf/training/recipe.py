@@ -103,6 +103,8 @@ class TaskRecipe(StageRecipe):
     """The task stage: the decode head on a frozen encoder, and how the domains are evaluated with it."""
 
     learning_rate: float | None = 1e-4
+    label_fraction: float = 1.0  # train on this fraction of each domain's labelled images; 1/16 may be written as such
+    label_seed: int = 0  # which images these are; those of a smaller fraction are among those of a larger one
     decode_head: Any = "mask2former"  # or a mapping with `type` and the options of that head
     norm_feature_maps: bool = False  # stage maps of a ViT after its final norm; the paper takes them before it
     short_sides: list[int] | None = None  # None: 0.5, 0.6, …, 2.0 times image_size, as the paper's 256 … 1024

@@ -182,6 +182,7 @@ def _check_mixture(key: str, stage: StageRecipe, origin: str) -> None:
 _AT_LEAST_ZERO = {
     "workers",
     "seed",
+    "label_seed",
     "query_warmup_steps",
     "weight_decay",
     "token_weight",
@@ -197,6 +198,8 @@ def _check_numbers(key: str, section: Any, origin: str) -> None:
             continue
         if name == "ema_decay":
             valid, wanted = 0 < value < 1, "between 0 and 1, both excluded"
+        elif name == "label_fraction":
+            valid, wanted = 0 < value <= 1, "more than 0 and at most 1"
         elif name in _FRACTIONS:
             valid, wanted = 0 <= value <= 1, "between 0 and 1"
         elif name in _AT_LEAST_ZERO:
