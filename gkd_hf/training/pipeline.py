@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -39,11 +38,12 @@ from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.process_group import check_shared, join_process_group, wait_patiently
 from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
-from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData, is_rendered
+from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.sharding import check_can_shard, under, whole_state_dict
 from gkd_hf.training.stage_arguments import device_batch, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
+from gkd_hf.training.stage_settings import stage_folders
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Pipeline:
         self.state = join_process_group(self.use_cpu, timedelta(minutes=recipe.timeout_minutes))
         self.output_dir = Path(recipe.output_dir)
         self.data = RecipeData(recipe)
-        self.folders = self._folders()
+        self.folders = stage_folders(recipe, self.data)
         self.facts = RunFacts(
             settings=recipe.as_dict(),
             command=command_line(sys.argv, self.state.num_processes),
@@ -158,45 +158,6 @@ class Pipeline:
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
         self.facts.commits = resolved_commits(self.recipe)
-
-    def _folders(self) -> dict[str, StageFolder]:
-        """The folder of every stage and baseline, with what decides its outcome."""
-        recipe, folders, before = self.recipe, {}, "none"
-        shared = {"seed": recipe.seed, "student": dataclasses.asdict(recipe.student)}
-        for name, stage in recipe.stages:
-            own = dataclasses.asdict(stage)
-            settings = shared | {"stages": {name: own}, "data": self._data_settings(stage)}
-            if isinstance(stage, DistillationRecipe):
-                settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
-            else:
-                for baseline in recipe.baselines:
-                    folders[baseline] = StageFolder(self.output_dir / "baselines" / baseline, settings)
-                own = {key: value for key, value in own.items() if not key.startswith("baseline_")}
-                settings |= {"stages": {name: own}}
-            settings |= {"stage_before": before}
-            folders[name] = StageFolder(self.output_dir / "stages" / name, settings)
-            # What follows hangs on all that went before: a stage run again makes the later ones out of date.
-            before = f"{name}, settings {folders[name].digest}"
-        return folders
-
-    def _data_settings(self, stage: StageRecipe) -> dict[str, Any]:
-        """What decides a stage's samples, beside the stage's own keys; of several domains by name."""
-        found = {name: self._domain_settings(name, stage) for name in stage.domains}
-        return found if len(found) > 1 else found[stage.data]
-
-    def _domain_settings(self, name: str, stage: StageRecipe) -> dict[str, Any]:
-        data = self.recipe.data
-        if is_rendered(self.recipe, name):
-            # Where the scenes are depends on output_dir, which may be moved; what they are does not.
-            toy_city = dataclasses.asdict(data.toy_city)
-            del toy_city["test_images"]
-            return {"toy_city": toy_city}
-        place = self.data.location(name)
-        root = os.path.abspath(place) if os.path.isdir(place) else place
-        settings = {"root": root, "revision": self.data.revision(name)}
-        if isinstance(stage, TaskRecipe):
-            settings |= {"label_map": data.label_maps.get(name), "classes": data.classes}
-        return settings
 
     # -- stages -------------------------------------------------------------------------------------------------------
 

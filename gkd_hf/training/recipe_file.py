@@ -43,20 +43,21 @@ _SECTIONS: dict[type, dict[str, type]] = {
 }
 
 
-def load_recipe(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike | Mapping[str, Any] | None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
-        path: a YAML file; None starts from nothing but the defaults.
+        path: a YAML file, or the keys themselves; None starts from nothing but the defaults.
         overrides: `key.sub=value`, value in YAML; `stages.task_agnostic=null` leaves a stage out.
 
     Raises:
         InputError: unreadable file, unknown key, wrong type or value; the message says where and what is possible.
     """
-    origin = f"recipe '{os.fspath(path)}'" if path is not None else "recipe"
+    in_place = path is None or isinstance(path, Mapping)
+    origin = "recipe" if in_place else f"recipe '{os.fspath(path)}'"
     merged = OmegaConf.structured(Recipe)
     if path is not None:
-        merged = _merge(merged, _read(Path(path)), origin)
+        merged = _merge(merged, OmegaConf.create(dict(path)) if in_place else _read(Path(path)), origin)
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():

@@ -1,0 +1,58 @@
+"""What decides the outcome of every stage of a recipe, and the folders that remember it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
+from gkd_hf.training.recipe_data import RecipeData, is_rendered
+from gkd_hf.training.stage_folder import StageFolder
+
+
+def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
+    """The folder of every stage and baseline, with what decides its outcome; nothing is written.
+
+    Raises:
+        InputError: a folder holds the same stage begun with other settings.
+    """
+    folders, before = {}, "none"
+    output_dir = Path(recipe.output_dir)
+    shared = {"seed": recipe.seed, "student": dataclasses.asdict(recipe.student)}
+    for name, stage in recipe.stages:
+        own = dataclasses.asdict(stage)
+        settings = shared | {"stages": {name: own}, "data": _data_settings(recipe, data, stage)}
+        if isinstance(stage, DistillationRecipe):
+            settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
+        else:
+            for baseline in recipe.baselines:
+                folders[baseline] = StageFolder(output_dir / "baselines" / baseline, settings)
+            own = {key: value for key, value in own.items() if not key.startswith("baseline_")}
+            settings |= {"stages": {name: own}}
+        settings |= {"stage_before": before}
+        folders[name] = StageFolder(output_dir / "stages" / name, settings)
+        # What follows hangs on all that went before: a stage run again makes the later ones out of date.
+        before = f"{name}, settings {folders[name].digest}"
+    return folders
+
+
+def _data_settings(recipe: Recipe, data: RecipeData, stage: StageRecipe) -> dict[str, Any]:
+    """What decides a stage's samples, beside the stage's own keys; of several domains by name."""
+    found = {name: _domain_settings(recipe, data, name, stage) for name in stage.domains}
+    return found if len(found) > 1 else found[stage.data]
+
+
+def _domain_settings(recipe: Recipe, data: RecipeData, name: str, stage: StageRecipe) -> dict[str, Any]:
+    if is_rendered(recipe, name):
+        # Where the scenes are depends on output_dir, which may be moved; what they are does not.
+        toy_city = dataclasses.asdict(recipe.data.toy_city)
+        del toy_city["test_images"]
+        return {"toy_city": toy_city}
+    place = data.location(name)
+    root = os.path.abspath(place) if os.path.isdir(place) else place
+    settings = {"root": root, "revision": data.revision(name)}
+    if isinstance(stage, TaskRecipe):
+        settings |= {"label_map": recipe.data.label_maps.get(name), "classes": recipe.data.classes}
+    return settings
