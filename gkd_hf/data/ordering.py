@@ -52,7 +52,7 @@ def draw_pass(rows: ShardRows, seed: int, number: int, source: int = 0, *, set_r
         return Pass(order, np.array([len(order)]), [np.arange(len(rows.shards))])
     shards = rng.permutation(len(rows.shards))
     # A set ends with the shard that fills it; what is left at the end of a pass joins the last one.
-    ends = np.array([rows.shards[shard].group_rows.sum() for shard in shards]).cumsum()
+    ends = rows.shard_rows[shards].cumsum()
     cuts, filled = [], 0
     for place, end in enumerate(ends[:-1], start=1):
         if end - filled >= set_rows and ends[-1] - end >= set_rows:
@@ -73,9 +73,11 @@ def num_lanes(rows: ShardRows) -> int:
     At most half of the cache is asked for: least-recently-used groups, read in turn, all miss as soon as one does not
     fit.
     """
-    sizes = rows.group_rows.astype(np.int64)
+    sizes, stored = rows.group_rows, rows.stored_group_rows
     # A lane is in a group for as long as that has rows: of groups that differ, the large ones are more often in use.
-    wanted = CACHE_BYTES // 2 * int(sizes.sum()) ** 2 // max(1, rows.num_bytes * int((sizes**2).sum()))
+    # A group is held whole, also where few of its rows are kept.
+    in_use = rows.num_bytes * int((sizes * stored).sum())
+    wanted = CACHE_BYTES // 2 * int(sizes.sum()) * int(stored.sum()) // max(1, in_use)
     least, most = _LANES
     return max(least, min(most, 1 << max(0, int(wanted).bit_length() - 1)))
 

@@ -8,6 +8,7 @@ import torch
 
 from gkd_hf.data.bad_rows import WrongLabel
 from gkd_hf.data.decoding import CorruptImage, EncodedImage, decode_label
+from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.transforms import DistillationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
@@ -48,6 +49,16 @@ class RowDecoder:
         except CorruptImage as error:
             return str(error)
         return None
+
+    def classes(self, row: dict) -> frozenset[int]:
+        """Return the train ids that the row's label has pixels of; none for a row that would be skipped."""
+        try:
+            label = self._label(row, self._encoded(row).size)
+        except CorruptImage:
+            return frozenset()
+        present = np.zeros(IGNORE_INDEX + 1, dtype=bool)
+        present[label] = True
+        return frozenset(np.flatnonzero(present[:IGNORE_INDEX]).tolist())
 
     def _encoded(self, row: dict) -> EncodedImage:
         if "image" not in row:

@@ -91,25 +91,53 @@ class ShardRows:
         store: where the shards are.
         shards: what their footers tell, in stored order.
         columns: what a row has.
+        kept: int64, rising: only these rows of the shards are there, and numbered anew; None: all.
 
     Raises ``InputError`` naming shard and row for what cannot be read, and for a shard that has changed.
     """
 
-    def __init__(self, store: ShardStore, shards: Sequence[Shard], columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        store: ShardStore,
+        shards: Sequence[Shard],
+        columns: Sequence[str],
+        kept: np.ndarray | None = None,
+    ) -> None:
         self.store = store
         self.shards = tuple(shards)
         self.columns = tuple(columns)
-        self.group_rows = np.concatenate([shard.group_rows for shard in self.shards]).astype(np.int64)
-        """Rows of each row group of all shards, in stored order."""
+        self.kept = kept
+        self.stored_group_rows = np.concatenate([shard.group_rows for shard in self.shards]).astype(np.int64)
+        """Rows that each row group of all shards has where it is stored, kept or not."""
         self.shard_groups = np.array([len(shard.group_rows) for shard in self.shards])
         """Row groups of each shard."""
-        self._group_ends = self.group_rows.cumsum()
+        self._group_ends = self.stored_group_rows.cumsum()
         self._shard_ends = self.shard_groups.cumsum()
+        self.group_rows = self.stored_group_rows
+        """Rows of each row group of all shards, in stored order."""
+        if kept is not None:
+            groups = self._group_ends.searchsorted(kept, side="right")
+            self.group_rows = np.bincount(groups, minlength=len(self.stored_group_rows))
         self._len = int(self.group_rows.sum())
         self._forget()
 
     def __reduce__(self) -> tuple:
-        return ShardRows, (self.store, self.shards, self.columns)
+        return ShardRows, (self.store, self.shards, self.columns, self.kept)
+
+    def subset(self, indices: np.ndarray) -> ShardRows:
+        """Return some of the rows, as rows of their own: in stored order, without the shards that hold none of them.
+
+        Args:
+            indices: int64, at least one, none twice.
+        """
+        stored = np.sort(indices) if self.kept is None else self.kept[np.sort(indices)]
+        shard_rows = np.array([shard.group_rows.sum() for shard in self.shards], dtype=np.int64)
+        ends = shard_rows.cumsum()
+        owner = ends.searchsorted(stored, side="right")
+        used = np.unique(owner)
+        rows_before = np.where(np.isin(np.arange(len(shard_rows)), used), 0, shard_rows).cumsum()
+        shards = [self.shards[shard] for shard in used]
+        return ShardRows(self.store, shards, self.columns, stored - rows_before[owner])
 
     def __len__(self) -> int:
         return self._len
@@ -122,8 +150,14 @@ class ShardRows:
         return {name: _cell(name, cell) for name, cell in self._row(shard, group, offset).items()}
 
     @property
+    def shard_rows(self) -> np.ndarray:
+        """Rows of each shard, int64."""
+        ends = np.concatenate([[0], self.group_rows.cumsum()])[np.concatenate([[0], self._shard_ends])]
+        return np.diff(ends)
+
+    @property
     def num_bytes(self) -> int:
-        """Of all rows, uncompressed, with the columns that are not read."""
+        """Of all shards, uncompressed, with the rows and columns that are not read."""
         return sum(shard.num_bytes for shard in self.shards)
 
     def place(self, index: int) -> tuple[str, int]:
@@ -165,9 +199,10 @@ class ShardRows:
         """Shard, row group within it, row within that."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        group = int(self._group_ends.searchsorted(index, side="right"))
+        stored = index if self.kept is None else int(self.kept[index])
+        group = int(self._group_ends.searchsorted(stored, side="right"))
         shard = int(self._shard_ends.searchsorted(group, side="right"))
-        offset = index - int(self._group_ends[group] - self.group_rows[group])
+        offset = stored - int(self._group_ends[group] - self.stored_group_rows[group])
         return shard, group - int(self._shard_ends[shard] - self.shard_groups[shard]), offset
 
     def _row(self, shard: int, group: int, offset: int) -> dict:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -21,7 +22,7 @@ from gkd_hf.data.decoding import CorruptImage
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.row_decoder import RowDecoder
 from gkd_hf.data.rows import ShardRows
-from gkd_hf.data.shards import Rows, count_rows, find_shards, readable
+from gkd_hf.data.shards import Rows, find_shards, readable
 from gkd_hf.data.streamed_order import told_apart
 from gkd_hf.training.progress import no_bar
 from gkd_hf.training.stage_folder import write_json
@@ -29,11 +30,12 @@ from gkd_hf.training.stage_folder import write_json
 FIRST_ROWS = 4
 _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes without holding the interpreter's lock
 _ROWS_AHEAD = 4 * _THREADS
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """A split in a local folder whose labels the run reads: all rows, or the first `limit`."""
+    """A split in a local folder whose labels the run reads: all of `rows`, or the first `limit`."""
 
     domain: str
     location: str
@@ -45,19 +47,47 @@ class LabelledSplit:
     @property
     def num_rows(self) -> int:
         """Rows to check."""
-        total = count_rows(self.location, self.split)
-        return total if self.limit is None else min(total, self.limit)
+        return len(self.rows) if self.limit is None else min(len(self.rows), self.limit)
 
     def facts(self) -> dict[str, Any]:
         """What a check holds for: if any of it changes, the labels are to be checked again."""
         shards = [(path, os.stat(path)) for path in find_shards(self.location, self.split)]
         files = [(os.path.basename(path), found.st_size, found.st_mtime_ns) for path, found in shards]
-        return {
+        facts = {
             "location": os.path.abspath(self.location),
             "rows": self.num_rows,
             "label_map": _digest(self.label_map.known.tobytes() + self.label_map.table.tobytes()),
             "files": _digest(repr(files).encode()),
         }
+        # The names of the shards that hold the kept rows belong to what they are.
+        kept = self.rows.kept
+        names = [shard.name for shard in self.rows.shards]
+        return facts if kept is None else facts | {"kept": _digest(repr(names).encode() + kept.tobytes())}
+
+    def look(self, question: Callable[[RowDecoder, dict], Answer]) -> Iterator[tuple[int, dict, Answer]]:
+        """Yield number, raw row and the answer of each row to check, in their order.
+
+        Several threads work ahead of the reader, a few rows. Close it where it is not read to its end.
+        """
+        decode = RowDecoder(self.domain, self.label_map)
+        pending: deque[tuple[int, dict, Future[Answer]]] = deque()
+
+        def next_answer() -> tuple[int, dict, Answer]:
+            index, row, future = pending.popleft()
+            return index, row, future.result()
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                where = f"{self.location}, split '{self.split}'"
+                for index, row in enumerate(readable(itertools.islice(self.rows, self.num_rows), where)):
+                    pending.append((index, row, pool.submit(question, decode, row)))
+                    if len(pending) >= _ROWS_AHEAD:
+                        yield next_answer()
+                while pending:
+                    yield next_answer()
+            finally:
+                for _, _, future in pending:
+                    future.cancel()
 
 
 def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
@@ -73,7 +103,7 @@ def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
     Raises:
         InputError: more than 1 % of a split's rows would be skipped.
     """
-    known = _remembered(memory)
+    known = remembered(memory)
     new = {f"{split.domain}/{split.split}": (split, split.facts()) for split in splits}
     new = {key: (split, facts) for key, (split, facts) in new.items() if known.get(key) != facts}
     if not new:
@@ -85,9 +115,7 @@ def check_labels(splits: Sequence[LabelledSplit], memory: Path) -> None:
             if skipped:
                 reasons = "; ".join(f"{count} × {reason}" for reason, count in count_by_reason(skipped).items())
                 tqdm.write(f"[data] {split.domain} ({split.split}): skipping {reasons}", file=sys.stderr)
-            known[key] = facts
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, known)
+            remember(memory, key, facts)
 
 
 def look_at_first_rows(rows: Rows, domain: str, location: str, split: str, label_map: LabelMap | None = None) -> None:
@@ -115,32 +143,14 @@ def look_at_first_rows(rows: Rows, domain: str, location: str, split: str, label
 
 def _check_split(split: LabelledSplit, num_rows: int, bar: tqdm) -> list[dict[str, Any]]:
     """Return the entries of the rows that will be skipped."""
-    decode = RowDecoder(split.domain, split.label_map)
     bad = BadRows(split.domain, BAD_ROW_LIMIT, lambda: num_rows, shuffled=False)
     skipped: list[dict[str, Any]] = []
-    # Few rows are held at a time, and judged in their order.
-    pending: deque[tuple[int, dict, Future[str | None]]] = deque()
-
-    def judge_next() -> None:
-        index, row, future = pending.popleft()
-        reason = future.result()
-        bad.attempted += 1
-        if reason is not None:
-            skipped.append(bad.add(row, reason, split.rows.place(index)))
-        bar.update()
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            rows = readable(itertools.islice(split.rows, num_rows), f"{split.location}, split '{split.split}'")
-            for index, row in enumerate(rows):
-                pending.append((index, row, pool.submit(decode.check, row)))
-                if len(pending) >= _ROWS_AHEAD:
-                    judge_next()
-            while pending:
-                judge_next()
-        finally:
-            for _, _, future in pending:
-                future.cancel()
+    with contextlib.closing(split.look(RowDecoder.check)) as answers:
+        for index, row, reason in answers:
+            bad.attempted += 1
+            if reason is not None:
+                skipped.append(bad.add(row, reason, split.rows.place(index)))
+            bar.update()
     return skipped
 
 
@@ -148,9 +158,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _remembered(memory: Path) -> dict[str, Any]:
+def remembered(memory: Path) -> dict[str, Any]:
+    """What was checked before, by key; nothing where that cannot be read."""
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def remember(memory: Path, key: str, facts: dict[str, Any]) -> None:
+    """Add what holds for one check to the others'."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memory, remembered(memory) | {key: facts})

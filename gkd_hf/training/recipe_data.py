@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gkd_hf.data.domains import Domain, LabelSpace, label_space, own_label_space
+from gkd_hf.data.label_fraction import kept_images, labelled_subset, left_out
 from gkd_hf.data.label_maps import LabelMap, label_map
 from gkd_hf.data.manifest import Manifest, find_manifest
 from gkd_hf.data.mixing import Source
@@ -21,6 +22,7 @@ from gkd_hf.data.toy_city import STYLES, write_shards
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.training.class_check import DividedSplit, check_classes
 from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
 from gkd_hf.training.recipe import Recipe, StageRecipe, TaskRecipe, recipe_domain
 
@@ -156,16 +158,26 @@ class RecipeData:
             revision=self.revision(use.domain),
         )
 
+    def labelled_rows(self, use: DataUse) -> Rows:
+        """The rows that the task stage trains on: of a training split, the fraction that the recipe gives.
+
+        Raises:
+            InputError: as `rows`, and for streamed rows, of which no fraction can be taken.
+        """
+        task, where = self.recipe.stages.task, f"'{use.domain}' ({self.location(use.domain)})"
+        return labelled_subset(self.rows(use), task.label_fraction, task.label_seed, where)
+
     def stream(
         self, stage: StageRecipe, transform: DistillationTransform | SegmentationTransform, micro_batch_size: int
     ) -> SampleStream:
-        """The training samples of a stage, of all its domains; labelled if it is the task stage."""
+        """The training samples of a stage, of all its domains; of the task stage, those of `labelled_rows`."""
         labelled = isinstance(stage, TaskRecipe)
         sources = []
         for name, weight in zip(stage.domains, stage.weights or [None] * len(stage.domains), strict=True):
             use = DataUse(name, "train", labelled)
             label_map = self.label_map(name) if labelled else None
-            sources.append(Source(self.rows(use), name, label_map, weight, self.num_rows(use)))
+            rows = self.labelled_rows(use) if labelled else self.rows(use)
+            sources.append(Source(rows, name, label_map, weight, self.num_rows(use)))
         return SampleStream.mixed(sources, transform, seed=self.recipe.seed, micro_batch_size=micro_batch_size)
 
     def evaluation_set(self, name: str, mean: Sequence[float], std: Sequence[float]) -> EvaluationSet:
@@ -210,24 +222,50 @@ class RecipeData:
         """Open every split in use, so that wrong data is told before any training.
 
         Of a folder every label that the run reads is checked, once: that is remembered in output_dir. Of a Hub data
-        set the first rows are looked at.
+        set the first rows are looked at. Where a label fraction is given, it must leave every class of the training
+        splits some pixels; that is checked unless one of them is on the Hub, since looking for a rare class would
+        fetch what the run itself may never read.
 
         Raises:
             InputError: folder, shards, column or rows missing; more bad rows than may be skipped, of which a label
-                value outside the map makes one.
+                value outside the map makes one; a label fraction of streamed rows, or one that leaves a class without
+                pixels.
         """
-        folders = []
+        folders, divided = [], []
         for use in self.uses():
-            if is_rendered(self.recipe, use.domain):
+            reduced = self._is_reduced(use)
+            rendered = is_rendered(self.recipe, use.domain)
+            if rendered and not reduced:
                 continue  # rendered by this package
             location, rows = self.location(use.domain), self.rows(use)
             label_map = self.label_map(use.domain) if use.labelled else None
+            read = self.labelled_rows(use) if reduced else rows
             if label_map is None or is_hub_id(location):
-                look_at_first_rows(rows, use.domain, location, use.split, label_map)
+                look_at_first_rows(read, use.domain, location, use.split, label_map)
                 continue
             limit = self.recipe.stages.task.evaluation_images if use.role == "test" else None
-            folders.append(LabelledSplit(use.domain, location, use.split, rows, label_map, limit))
-        check_labels(folders, Path(self.recipe.output_dir) / "checked_labels.json")
+            split = LabelledSplit(use.domain, location, use.split, read, label_map, limit)
+            if not rendered:
+                folders.append(split)
+            if reduced:
+                divided.append(self._divided(split, rows))
+                if any(use.domain in stage.domains for _, stage in self.recipe.stages.distillation()):
+                    look_at_first_rows(rows, use.domain, location, use.split)  # read whole, without its labels
+        memory = Path(self.recipe.output_dir) / "checked_labels.json"
+        check_labels(folders, memory)
+        task = self.recipe.stages.task
+        if divided and len(divided) == len(task.domains):
+            check_classes(divided, self.label_space.classes, task.label_fraction, task.label_seed, memory)
+
+    def _is_reduced(self, use: DataUse) -> bool:
+        """Whether the task stage trains on a fraction of a split."""
+        task = self.recipe.stages.task
+        return task is not None and task.label_fraction < 1 and use.role == "train" and use.domain in task.domains
+
+    def _divided(self, kept: LabelledSplit, rows: Rows) -> DividedSplit:
+        task = self.recipe.stages.task
+        others = left_out(rows, task.label_fraction, task.label_seed)
+        return DividedSplit(kept, None if others is None else replace(kept, rows=others))
 
 
 def _classes_of(entry: Domain) -> str:
@@ -245,11 +283,16 @@ def train_images(recipe: Recipe, stage: StageRecipe, *, ask_hub: bool = True) ->
 
     Args:
         recipe: says how many scenes are rendered, and where data is.
-        stage: one of the recipe's; the images of all its domains are counted.
+        stage: one of the recipe's; the images of all its domains are counted, in the task stage the fraction of each
+            domain's that is trained on.
         ask_hub: whether the Hub may be asked how many rows a data set has.
     """
     counts = [_domain_images(recipe, name, ask_hub) for name in stage.domains]
-    return None if None in counts else sum(counts)
+    if None in counts:
+        return None
+    if isinstance(stage, TaskRecipe):
+        counts = [kept_images(count, stage.label_fraction) for count in counts]
+    return sum(counts)
 
 
 def _domain_images(recipe: Recipe, name: str, ask_hub: bool) -> int | None:

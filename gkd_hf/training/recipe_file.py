@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def _read(path: Path) -> DictConfig:
 
 def _merge(recipe: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
     _no_unknown_keys(OmegaConf.to_container(changes), Recipe, "", origin)
+    _read_ratio(changes, "stages.task.label_fraction")
     try:
         return OmegaConf.merge(recipe, changes)
     except ValidationError as error:
@@ -114,6 +116,14 @@ def _merge(recipe: DictConfig, changes: DictConfig, origin: str) -> DictConfig:
         raise InputError(f"{origin}: key {error.full_key}: {what}") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{origin}: {_first_line(error)}") from error
+
+
+def _read_ratio(changes: DictConfig, key: str) -> None:
+    """Put the number in place of a ratio of whole numbers, such as 1/16, which YAML reads as text."""
+    given = OmegaConf.select(changes, key, throw_on_resolution_failure=False)
+    ratio = re.fullmatch(r"\s*(\d+)\s*/\s*0*([1-9]\d*)\s*", given) if isinstance(given, str) else None
+    if ratio is not None:
+        OmegaConf.update(changes, key, int(ratio[1]) / int(ratio[2]))
 
 
 def _no_unknown_keys(values: Any, section: type, where: str, origin: str) -> None:

@@ -75,7 +75,8 @@ class StreamPosition(TrainerCallback, ExportableState):
 def order_facts(stream: SampleStream) -> dict[str, Any]:
     """What decides the order of a stream: its seed and, in their order, its sources.
 
-    Of a source the name, rows (None where unknown), weight and what its shards are: names and sizes of row groups.
+    Of a source the name, rows (None where unknown), weight and what its shards are: names, sizes of row groups, and
+    which rows of them are kept if not all are.
     """
     return {
         "seed": stream.seed,
@@ -96,4 +97,6 @@ def _digest(rows: Rows) -> str | None:
     for shard in rows.shards:
         known.update(f"{Path(shard.name).name} {shard.num_bytes}\n".encode())
         known.update(shard.group_rows.tobytes())
+    if rows.kept is not None:
+        known.update(rows.kept.tobytes())
     return known.hexdigest()[:16]
