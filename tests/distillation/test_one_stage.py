@@ -276,9 +276,7 @@ def test_bf16_gives_finite_losses_in_fp32(name: str, settings: dict[str, object]
 def test_masks_hide_their_part_of_each_sample_anew(name: str, ratio: float) -> None:
     method = make(name)
     seen = []
-    getattr(method, layer).register_forward_pre_hook(
-        lambda module, args: seen.append((args[0] == 0).all(1).flatten(1))
-    )
+    method.restore.register_forward_pre_hook(lambda module, args: seen.append((args[0] == 0).all(1).flatten(1)))
     student, teacher = features_of(method, 6), features_of(method, 8)
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
