@@ -1,0 +1,169 @@
+"""The runs of a comparison: one for each variant and seed, and one for each candidate of a tuning."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gkd_hf.comparison.definition import Comparison, Variant
+from gkd_hf.comparison.sharing import finished_stages, take_over
+from gkd_hf.errors import InputError
+from gkd_hf.training.recipe import Recipe
+from gkd_hf.training.recipe_data import RecipeData
+from gkd_hf.training.recipe_file import load_recipe
+from gkd_hf.training.stage_folder import StageFolder
+from gkd_hf.training.stage_settings import stage_folders
+
+# Where and how it is run, not what.
+_FREE = ("output_dir", "hub", "timeout_minutes")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One complete run of a recipe.
+
+    Attributes:
+        comparison: the one that it belongs to.
+        variant: the method.
+        seed: of the run.
+        tuned: hyper-parameters by recipe key: those to try, or those that were chosen.
+        trial: whether it is a candidate of a tuning, which is measured on the source alone.
+    """
+
+    comparison: Comparison
+    variant: Variant
+    seed: int
+    tuned: Mapping[str, Any]
+    trial: bool = False
+
+    @property
+    def label(self) -> str:
+        """What it is called in a line of progress."""
+        if self.trial:
+            return f"{self.variant.name}, tuning {values_text(self.tuned)}"
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Its output folder. That of a candidate is named by its values, so that a grid can grow; without "=", which
+        would make its path an override of a recipe.
+        """
+        if not self.trial:
+            return self.comparison.folder(self.variant.name, self.seed)
+        name = re.sub(r"[^\w.,+-]+", "_", ",".join(f"{key} {value}" for key, value in self.tuned.items()))
+        return self.comparison.output_dir / self.variant.name / "tuning" / name
+
+    @property
+    def log(self) -> Path:
+        """What its process has printed."""
+        return self.folder / "log.txt"
+
+    @property
+    def needs(self) -> Path | None:
+        """The folder of the run whose encoder it starts from."""
+        start = self.variant.start_from
+        return None if start is None else self.comparison.folder(start, self.seed)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Its recipe; raises `InputError` as `Comparison.recipe`."""
+        return self.comparison.recipe(self.variant, self.seed, self.folder, self.tuned, source_only=self.trial)
+
+    @cached_property
+    def stages(self) -> dict[str, StageFolder]:
+        """Its stages' folders; raises `InputError` if one was begun with other settings."""
+        try:
+            return stage_folders(self.recipe, RecipeData(self.recipe))
+        except InputError as error:
+            raise InputError(f"{self.label}: {error}") from error
+
+    def result(self) -> dict[str, Any] | None:
+        """The content of its report, or what stands for it without a task stage; None if it is not finished."""
+        has_task = self.recipe.stages.task is not None
+        try:
+            found = json.loads((self.folder / ("report.json" if has_task else "card.json")).read_text("utf-8"))
+            # Read as a recipe, settings of an older report have the keys that came later, at their defaults.
+            stored = load_recipe(found["settings"]).as_dict()
+        except (OSError, ValueError, KeyError, InputError):
+            return None
+        wanted = json.loads(json.dumps(self.recipe.as_dict()))
+        stored = json.loads(json.dumps(stored))
+        same = all(stored[key] == wanted[key] for key in wanted if key not in _FREE)
+        return found if same and (self.folder / "encoder" / "config.json").is_file() else None
+
+    def prepare(self) -> list[str]:
+        """Write what the run is started with; return the stages that other runs have trained for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = self.folder / "data"
+        if not data.is_symlink() and not data.exists():
+            data.symlink_to(os.path.relpath(self.comparison.output_dir / "data", self.folder))
+        text = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False, allow_unicode=True)
+        (self.folder / "cell.yaml").write_text(text, encoding="utf-8")
+        return take_over(self.stages, finished_stages(self.comparison.output_dir))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it has been tried, and its loss did not stay finite: it would not another time."""
+        return (self.folder / "diverged.txt").is_file()
+
+    def give_up(self, why: str) -> None:
+        """Remember that its loss did not stay finite."""
+        (self.folder / "diverged.txt").write_text(f"{why}\n", encoding="utf-8")
+
+    def last_words(self) -> str:
+        """The last line of its log, to be told where it failed."""
+        if not self.log.is_file():
+            return "it left no log"
+        lines = self.log.read_text("utf-8", errors="replace").replace("\r", "\n").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tuning found: `values` that gave the best mIoU on the source, and every candidate's figure."""
+
+    values: Mapping[str, Any]
+    tried: tuple[tuple[Mapping[str, Any], float | None], ...]
+
+
+def trials(comparison: Comparison, variant: Variant) -> list[Cell]:
+    """The candidates of a variant's tuning, with the first seed; none where nothing is tuned."""
+    if not variant.tune:
+        return []
+    return [Cell(comparison, variant, comparison.seeds[0], values, trial=True) for values in variant.candidates()]
+
+
+def choose(figures: Sequence[tuple[Mapping[str, Any], float | None]]) -> Choice | None:
+    """The candidate with the best figure, the first of equals.
+
+    Args:
+        figures: each candidate's values and its mIoU on the source; None for one that cannot be trained, whose loss
+            is not finite.
+
+    Returns:
+        None where no candidate has a figure.
+    """
+    best = None
+    for values, figure in figures:
+        if figure is not None and (best is None or figure > best[1]):
+            best = (values, figure)
+    return None if best is None else Choice(best[0], tuple(figures))
+
+
+def source_miou(result: Mapping[str, Any]) -> float | None:
+    """Mean IoU on the source's held-out split, in percent."""
+    held_out = result.get("source_result")
+    return None if held_out is None else held_out["miou"]
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+    """Hyper-parameters in one line."""
+    return ", ".join(f"{key.removeprefix('stages.')} {value}" for key, value in values.items())

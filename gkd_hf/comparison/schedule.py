@@ -1,0 +1,310 @@
+"""Runs of a comparison, several at once, each in a process of its own, none training what another one trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from gkd_hf.comparison.cells import Cell, Choice, choose, source_miou, trials
+from gkd_hf.comparison.definition import Comparison, Variant
+from gkd_hf.comparison.sharing import finished_stages, missing_stages
+from gkd_hf.errors import InputError
+from gkd_hf.evaluation.report_text import percent
+from gkd_hf.training.recipe_data import RecipeData
+from gkd_hf.training.sigterm import Preempted
+
+RUN_GKD = Path(__file__).resolve().parents[2] / "scripts" / "run_gkd.py"
+REFUSED = 2  # the exit code of a run that cannot be, or whose loss did not stay finite
+PATIENCE = 120.0  # seconds that children have to save and end
+POLL = 0.3  # seconds
+
+
+class Process(Protocol):
+    """A run that was started: as `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs can be at once.
+
+    Attributes:
+        jobs: how many.
+        devices: the GPUs that they share, one for each run; empty on CPUs.
+        threads: of each run.
+    """
+
+    jobs: int
+    devices: tuple[str, ...]
+    threads: int
+
+    @classmethod
+    def here(cls, jobs: int | None) -> Places:
+        """As many as there are GPUs, else as there are cores; or ``jobs``."""
+        import torch
+
+        from gkd_hf.data.shard_processes import cores
+
+        count = torch.cuda.device_count()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = tuple(named.split(","))[:count] if named else tuple(map(str, range(count)))
+        jobs = jobs or count or cores()
+        return cls(jobs, devices, max(1, cores() // jobs))
+
+    def environment(self, place: int) -> dict[str, str]:
+        """The environment of the run in one of them; what the user has set stays."""
+        environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
+        return environment
+
+
+def command(cell: Cell) -> list[str]:
+    """The command of a run."""
+    return [sys.executable, str(RUN_GKD), str(cell.folder / "cell.yaml")]
+
+
+def start(cell: Cell, environment: dict[str, str]) -> Process:
+    """Start a run; what it prints is added to its log."""
+    with cell.log.open("ab") as log:
+        # In a session of its own: Ctrl-C comes to this program alone, which asks the runs to save and end.
+        return subprocess.Popen(
+            command(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    process: Process
+    place: int
+    began: float
+
+
+class Schedule:
+    """Brings the runs of a comparison to their end.
+
+    Args:
+        comparison: what is compared.
+        names: the variants that are wanted; what they need of others is run as well.
+        seeds: those that are wanted.
+
+    Attributes:
+        failed: folder → why, of the runs that were tried this time and failed.
+    """
+
+    def __init__(self, comparison: Comparison, names: Iterable[str], seeds: Iterable[int]) -> None:
+        self.comparison = comparison
+        self.runs = comparison.runs(names, seeds)
+        tuners = [comparison.tuner(comparison.variants[name]) for name in self.runs]
+        self.trials = {
+            variant.name: trials(comparison, variant)
+            for variant in comparison.variants.values()
+            if variant.tune and variant in tuners
+        }
+        self.failed: dict[Path, str] = {}
+        self._results: dict[Path, dict[str, Any] | None] = {}
+        self._finals: dict[str, list[Cell]] = {}
+        self._running: list[_Running] = []
+        self._signal: int | None = None
+
+    def choice(self, variant: Variant) -> Choice | None:
+        """What was chosen for a variant; None if it is not known yet, or nothing is tuned."""
+        tuner = self.comparison.tuner(variant)
+        if tuner is None:
+            return None
+        cells = self.trials[tuner.name]
+        if not all(self.is_done(cell) or cell.diverged for cell in cells):
+            return None
+        results = [self._results[cell.folder] for cell in cells]
+        return choose([(c.tuned, r and source_miou(r)) for c, r in zip(cells, results, strict=True)])
+
+    def known(self) -> list[Cell]:
+        """Every run of which it is known how it is to be made, candidates of tunings first."""
+        found = [cell for cells in self.trials.values() for cell in cells]
+        for name in self.runs:
+            found += self.finals(name)
+        return found
+
+    def finals(self, name: str) -> list[Cell]:
+        """A variant's runs of the wanted seeds; none while its hyper-parameters are not chosen."""
+        if name not in self._finals:
+            variant = self.comparison.variants[name]
+            choice = self.choice(variant)
+            if choice is None and self.comparison.tuner(variant) is not None:
+                return []
+            values = {} if choice is None else choice.values
+            self._finals[name] = [Cell(self.comparison, variant, seed, values) for seed in self.runs[name]]
+        return self._finals[name]
+
+    def total(self) -> int:
+        """The number of runs, those of which it is not known yet how they are to be made included."""
+        return sum(map(len, [*self.runs.values(), *self.trials.values()]))
+
+    def finished(self) -> int:
+        """How many of them are finished; of candidates also those whose loss did not stay finite."""
+        return sum(self.is_done(cell) or (cell.trial and cell.diverged) for cell in self.known())
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """The report of a run; None if it is not finished."""
+        if cell.folder not in self._results:
+            self._results[cell.folder] = cell.result()
+        return self._results[cell.folder]
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether a run is finished."""
+        return self.result(cell) is not None
+
+    def is_settled(self, cell: Cell) -> bool:
+        """Whether a run is finished or cannot be."""
+        return self.is_done(cell) or cell.folder in self.failed or (cell.trial and cell.diverged)
+
+    def check(self) -> None:
+        """Raise `InputError` if a run that is not finished was begun with other settings."""
+        for cell in self.known():
+            if not self.is_done(cell):
+                _ = cell.stages
+
+    def run(
+        self,
+        places: Places,
+        tell: Callable[[str], None],
+        finished: Callable[[], None],
+        start: Callable[[Cell, dict[str, str]], Process] = start,
+    ) -> None:
+        """Run all that is not finished; return when nothing more can be run.
+
+        Args:
+            places: where runs can be at once.
+            tell: prints a line of progress.
+            finished: called after every finished run.
+            start: starts a run in an environment.
+
+        Raises:
+            InputError: a run was begun with other settings.
+            Preempted, KeyboardInterrupt: after the runs have ended, for SIGTERM and Ctrl-C.
+        """
+        handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self._signal is None:
+                self._collect(tell, finished)
+                self._fill(places, tell, start)
+                if not self._running:
+                    break
+                time.sleep(POLL)
+        finally:
+            stopped_by = self._signal
+            self._end_children(tell)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if stopped_by == signal.SIGTERM:
+            tell("SIGTERM: ended; the same command goes on where this comparison stood")
+        if stopped_by is not None:
+            raise Preempted if stopped_by == signal.SIGTERM else KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _fill(
+        self, places: Places, tell: Callable[[str], None], start: Callable[[Cell, dict[str, str]], Process]
+    ) -> None:
+        running = {each.cell.folder for each in self._running}
+        for cell in self.known():
+            if len(self._running) >= places.jobs or self._signal is not None:
+                return
+            if cell.folder in running or self.is_settled(cell) or self._must_wait(cell):
+                continue
+            taken = cell.prepare()
+            place = min(set(range(places.jobs)) - {each.place for each in self._running})
+            self._running.append(_Running(cell, start(cell, places.environment(place)), place, time.monotonic()))
+            note = f" ({', '.join(taken)}: as another run has trained it)" if taken else ""
+            tell(f"{cell.label}: started{note}")
+
+    def _must_wait(self, cell: Cell) -> bool:
+        if cell.needs is not None and not self._results.get(cell.needs):
+            return True
+        # A stage is trained by one run at a time; the others take it over.
+        trained = {key for each in self._running for key in missing_stages(each.cell.stages.values())}
+        shared = trained & set(missing_stages(cell.stages.values()))
+        return bool(shared) and not shared <= set(finished_stages(self.comparison.output_dir))
+
+    def _collect(self, tell: Callable[[str], None], finished: Callable[[], None]) -> None:
+        for each in list(self._running):
+            code = each.process.poll()
+            if code is None:
+                continue
+            self._running.remove(each)
+            cell, minutes = each.cell, (time.monotonic() - each.began) / 60
+            self._results.pop(cell.folder, None)
+            result = self.result(cell)
+            if result is not None:
+                left = self.total() - self.finished() - len(self.failed)
+                tell(f"{cell.label}: {figures(result)}, {minutes:.1f} min, {left} left")
+                finished()
+                continue
+            why = " ".join(cell.last_words().split())
+            if cell.trial and code == REFUSED and "finite" in why:
+                cell.give_up(why)
+                tell(f"{cell.label}: passed over, {why.removeprefix('error: ')}")
+                continue
+            self.failed[cell.folder] = why
+            tell(f"{cell.label}: failed (exit code {code}, {cell.log}): {why}")
+
+    def _end_children(self, tell: Callable[[str], None]) -> None:
+        if not self._running:
+            return
+        tell(f"ending {len(self._running)} run(s), which save what they need to go on")
+        for each in self._running:
+            each.process.terminate()
+        until, self._signal = time.monotonic() + PATIENCE, None
+        for each in self._running:
+            while each.process.poll() is None:
+                if time.monotonic() > until or self._signal is not None:  # asked a second time
+                    os.killpg(each.process.pid, signal.SIGKILL)  # with the workers that outlive SIGTERM
+                    each.process.wait()
+                    break
+                time.sleep(POLL)
+        self._running.clear()
+
+
+def figures(result: dict[str, Any]) -> str:
+    """The figures of a finished run in a few words."""
+    words = []
+    if (source := source_miou(result)) is not None:
+        words.append(f"source {percent(source)}")
+    if (mean := result.get("mean_target_miou")) is not None:
+        words.append(f"mean of unseen {percent(mean)}")
+    return ", ".join(words) or "done"
+
+
+def render_data(comparison: Comparison, names: Iterable[str], progress: bool) -> None:
+    """Render what the runs of the variants read, once, into the comparison's own folder.
+
+    Raises:
+        InputError: as `RecipeData`.
+    """
+    seen = []
+    for name in names:
+        recipe = comparison.recipe(comparison.variants[name], comparison.seeds[0], comparison.output_dir, {})
+        try:
+            data = RecipeData(recipe)
+            if data.uses() not in seen:
+                data.render_toy_city(progress)
+            seen.append(data.uses())
+        except InputError as error:
+            raise InputError(f"variant '{name}': {error}") from error
