@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+_PYRAMID: dict[str, Any] = {
+    "num_encoder_blocks": 3,
+    "depths": [1, 1, 1],
+    "hidden_sizes": [8, 16, 24],
+    "num_attention_heads": [1, 2, 2],
+    "sr_ratios": [4, 2, 1],
+    "patch_sizes": [7, 3, 3],
+    "strides": [4, 2, 2],
+    "mlp_ratios": [2, 2, 2],
+    "drop_path_rate": 0.0,
+}
+
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {
         "model_type": "vit",
@@ -40,6 +52,40 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "window_size": 2,
         "mlp_ratio": 2.0,
     },
+    "convnextv2": {"model_type": "convnextv2", "num_stages": 3, "hidden_sizes": [8, 16, 24], "depths": [1, 1, 1]},
+    "dinov3_convnext": {
+        "model_type": "dinov3_convnext",
+        "hidden_sizes": [8, 16, 24],
+        "depths": [1, 1, 1],
+        "layer_scale_init_value": 0.5,
+    },
+    "mobilenet_v1": {"model_type": "mobilenet_v1", "depth_multiplier": 0.0625},
+    "efficientnet": {
+        "model_type": "efficientnet",
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 320,
+        "drop_connect_rate": 0.0,
+    },
+    "mobilevit": {
+        "model_type": "mobilevit",
+        "hidden_sizes": [16, 16, 24],
+        "neck_hidden_sizes": [8, 8, 8, 16, 16, 24, 48],
+        "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.0,
+    },
+    "swinv2": {
+        "model_type": "swinv2",
+        "embed_dim": 8,
+        "depths": [2, 2, 2],
+        "num_heads": [2, 2, 4],
+        "window_size": 2,
+        "mlp_ratio": 2.0,
+        "image_size": 64,
+        "drop_path_rate": 0.0,
+    },
+    "segformer": {"model_type": "segformer", **_PYRAMID},
+    "pvt_v2": {"model_type": "pvt_v2", **_PYRAMID},
 }
 
 MASK2FORMER: dict[str, Any] = {

@@ -13,9 +13,19 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .convolutional_encoders import (
+    ConvNextAdapter,
+    ConvNextV2Adapter,
+    DINOv3ConvNextAdapter,
+    EfficientNetAdapter,
+    MobileNetV1Adapter,
+    MobileNetV2Adapter,
+    MobileViTAdapter,
+    ResNetAdapter,
+)
 from .encoder_adapter import EncoderAdapter, EncoderOutput
 from .errors import InputError, nearest
-from .hierarchical_encoders import ConvNextAdapter, MobileNetV2Adapter, ResNetAdapter, SwinAdapter
+from .pyramid_encoders import PvtV2Adapter, SegformerAdapter, SwinAdapter, Swinv2Adapter
 from .transformer_encoders import Dinov2Adapter, ViTAdapter
 
 __all__ = [
@@ -30,10 +40,18 @@ __all__ = [
 
 ADAPTERS: dict[str, type[EncoderAdapter]] = {
     "convnext": ConvNextAdapter,
+    "convnextv2": ConvNextV2Adapter,
     "dinov2": Dinov2Adapter,
+    "dinov3_convnext": DINOv3ConvNextAdapter,
+    "efficientnet": EfficientNetAdapter,
+    "mobilenet_v1": MobileNetV1Adapter,
     "mobilenet_v2": MobileNetV2Adapter,
+    "mobilevit": MobileViTAdapter,
+    "pvt_v2": PvtV2Adapter,
     "resnet": ResNetAdapter,
+    "segformer": SegformerAdapter,
     "swin": SwinAdapter,
+    "swinv2": Swinv2Adapter,
     "vit": ViTAdapter,
 }
 

@@ -39,9 +39,8 @@ def test_segmenter_learns_and_survives_saving(kind: str, head: str, tmp_path) ->
     output.loss.backward()
     # End to end, only what distillation alone uses stays without a gradient.
     idle = {name.split(".")[-1] for name, p in model.named_parameters() if p.grad is None}
-    assert idle <= {"mask_token", "mask_pixel"} | (
-        {"weight", "bias"} if kind in (*VITS, "convnext", "swin") else set()
-    )
+    beside = model.student.adapter.beside_maps()
+    assert idle <= {"mask_token", "mask_pixel"} | ({"weight", "bias"} if beside else set())
     assert torch.isfinite(output.loss) and output.loss_terms
     model.eval()
     logits = model(pixels).logits
