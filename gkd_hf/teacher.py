@@ -167,11 +167,21 @@ class GKDTeacher(nn.Module):
         Raises:
             InputError: the teacher's tokens do not lie on that grid.
         """
+        output = self.adapter.forward(self.encoder, self.pixels_for(pixel_values, grid, image_mean, image_std))
+        self.check_grid(output, grid)
+        return output
+
+    def pixels_for(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], image_mean: torch.Tensor, image_std: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a student's pixels in this teacher's normalisation and precision, at the size that gives ``grid``."""
         pixels = (pixel_values * image_std + image_mean - self.image_mean) / self.image_std
         size = (grid[0] * self.adapter.stride, grid[1] * self.adapter.stride)
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
-        output = self.adapter.forward(self.encoder, pixels.to(self.encoder.dtype))
+        return pixels.to(self.encoder.dtype)
+
+    def check_grid(self, output: EncoderOutput, grid: tuple[int, int]) -> None:
+        """Raise `InputError` if tokens do not lie on the grid they are wanted on."""
         if output.grid != tuple(grid):
             raise InputError(f"the teacher's tokens lie on a {output.grid} grid, the student's on {tuple(grid)}")
-        return output

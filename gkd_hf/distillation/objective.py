@@ -124,6 +124,17 @@ class GKDObjective(MSEObjective):
         self.patch.start_query_from_value()
         self.feature.start_query_from_value()
 
+    def attention_statistics(self, student: torch.Tensor, teacher_patches: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Describe the feature head's attention; see `QuerySoftDistillation.attention_statistics`.
+
+        Args:
+            student: B×N×C_s, one or two samples. teacher_patches: N×C_t of at least as many.
+        """
+        return self.feature.attention_statistics(student, teacher_patches[: len(student)])
+
+
+OBJECTIVES: dict[str, type[MSEObjective]] = {"qsd": GKDObjective, "mse": MSEObjective, "proteus": ProteusObjective}
+
 
 def _squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (prediction.float() - target.float()).square().sum()

@@ -66,6 +66,11 @@ class OneStageMethod(nn.Module, ABC):
         self.num_labels = num_labels
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a term looks at the patch tokens, and not at logits and blocks alone."""
+        return bool(set(self.weights) - {"logits", "mimic"})
+
     @abstractmethod
     def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
         """Return the unweighted terms by name, each a scalar in fp32; the teacher's features have no graph."""

@@ -26,13 +26,12 @@ from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
 from gkd_hf.evaluation.report_figure import FigureCell, FigureRow, draw_report
 from gkd_hf.evaluation.report_text import box_table, flatten, markdown_table, percent, signed
+from gkd_hf.methods import FROZEN, METHODS, method_title
 
 if TYPE_CHECKING:
     from gkd_hf.data.domains import LabelSpace
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate")
-# The baseline every report is read against has a key of its own in report.json and a plainer name for people.
-BASELINE_TITLES = {"none": "alone"}
 MAX_LISTED_ROWS = 50
 
 
@@ -74,17 +73,18 @@ class DomainReport:
         label_space: names and colours of the classes.
         settings: the resolved recipe, or any nested mapping that tells how the run was made.
         seed: the run's seed.
-        method: name of the method over its column.
+        method: one of `METHODS`, or "frozen".
     """
 
     def __init__(
-        self, source: str, label_space: LabelSpace, settings: Mapping[str, Any], seed: int, *, method: str = "GKD"
+        self, source: str, label_space: LabelSpace, settings: Mapping[str, Any], seed: int, *, method: str = "gkd"
     ) -> None:
         self.source = source
         self.label_space = label_space
         self.settings = settings
         self.seed = seed
-        self.method = method
+        self.method = FROZEN if method == FROZEN else method_title(method)
+        self._student = "as it was, its encoder frozen" if method == FROZEN else METHODS[method].student
         self.results: dict[str, DomainResult] = {}
         self.baselines: dict[str, dict[str, DomainResult]] = {}
         self.skipped_rows: list[dict[str, Any]] = []
@@ -201,7 +201,7 @@ class DomainReport:
     def _columns(self) -> dict[str, dict[str, DomainResult]]:
         """Results by column title, from the baseline that all is compared with to the method itself."""
         names = sorted(self.baselines, key=lambda name: name != "none")
-        return {BASELINE_TITLES.get(name, name): self.baselines[name] for name in names} | {self.method: self.results}
+        return {method_title(name): self.baselines[name] for name in names} | {self.method: self.results}
 
     def _column_titles(self) -> list[str]:
         return [*self._columns(), "gain"] if self.baselines else [self.method]
@@ -288,18 +288,17 @@ class DomainReport:
 
     def _explanation(self) -> str:
         compared = [
-            "- **alone** is the same student with the same head, trained for as many task steps, but not distilled.",
+            *(
+                f"- **{method_title(name)}** is the same student with the same head, trained for as many task steps, "
+                + ("but not distilled." if name == "none" else f"{METHODS[name].student}.")
+                for name in sorted(self.baselines, key=lambda name: name != "none")
+            ),
             f"- **gain** is {self.method} minus {next(iter(self._columns()))}, in points of mean IoU.",
         ]
         lines = [
             f"- The labels of **{self.source}** (source) are the only ones training saw; its row is measured on "
             "images held out from training. All other domains are the targets, unseen in training.",
-            f"- **{self.method}** is the student "
-            + (
-                "as it was, its encoder frozen."
-                if self.method == "frozen"
-                else "distilled before it learned the task."
-            ),
+            f"- **{self.method}** is the student {self._student}.",
             *(compared if self.baselines else []),
             "- IoU of a class = correct pixels / (pixels of the class in truth or prediction), summed over all images "
             "of the domain first. The mean is over the classes that occur; ignored pixels (255) never count.",

@@ -32,16 +32,14 @@ from gkd_hf.hub.licences import (
 )
 from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
+from gkd_hf.methods import FROZEN, METHODS, method_title
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card" / "TEMPLATE.md"
 ARXIV = "2603.02554"
-METHOD_TITLES = {"gkd": "GKD", "mse": "MSE"}
-BASELINE_TITLES = {"none": "alone"}
 STAGES = {
     "task_agnostic": ("broad images, no labels", "the student, to give the teacher's tokens"),
     "domain_agnostic": ("the source domain's images, no labels", "the student, to give the teacher's tokens"),
     "task": ("the source domain's images and labels", "the decode head; the student is frozen"),
-    "none": ("the source domain's images and labels", "*alone*: the same student and head, end to end"),
 }
 # The configuration classes say what they are; people use these names.
 MODEL_TITLES = {"dinov2": "DINOv2", "vit": "ViT", "resnet": "ResNet", "convnext": "ConvNeXt", "swin": "Swin"}
@@ -204,8 +202,6 @@ class GKDModelCard:
     def _values(self) -> dict[str, Any]:
         settings, facts = self.facts.settings, self._facts_here
         task = (settings.get("stages") or {}).get("task")
-        method = settings.get("method")
-        distilled = any(stage for name, stage in (settings.get("stages") or {}).items() if name != "task")
         return {
             "title": self.title,
             "artefact": self.artefact,
@@ -214,7 +210,8 @@ class GKDModelCard:
             "on_hub": self.names.on_hub,
             "facts": facts,
             "head": self.facts.segmenter.decode_head if self.facts.segmenter else "",
-            "method": METHOD_TITLES.get(method, "GKD") if distilled or "stages" not in settings else "none",
+            "method": self._column,
+            "kind": self._kind,
             "student": self._student(),
             "teacher": self._teacher(),
             "geometry": (settings.get("teacher") or {}).get("geometry"),
@@ -224,7 +221,7 @@ class GKDModelCard:
             "report": self.report,
             "by_domain": self.by_domain() if self.report else None,
             "by_class": self.by_class() if self.report else None,
-            "baseline": bool(self.report and self.report["baselines"]),
+            "baselines": [method_title(name) for name in (self.report["baselines"] if self.report else ())],
             "toy": bool(task) and any(is_rendered(settings, name) for name in domain_names(task["data"])),
             "toy_teacher": (settings.get("teacher") or {}).get("name") == "toy",
             "figure": "report.png" in self.files,
@@ -275,7 +272,7 @@ class GKDModelCard:
     def rows_by_domain(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of mean IoU by domain, in percent: the source first, the mean of the unseen last."""
         report = self.report
-        columns = {BASELINE_TITLES.get(name, name): section for name, section in report["baselines"].items()}
+        columns = {method_title(name): section for name, section in report["baselines"].items()}
         columns[self._column] = report
         gain = ["gain"] if report["baselines"] else []
 
@@ -297,10 +294,19 @@ class GKDModelCard:
         return ["domain", *columns, *gain, "images"], rows
 
     @property
+    def _kind(self) -> str:
+        """How the student came to be: the kind of its method, or "frozen" where no stage distilled it."""
+        settings = self.facts.settings or (self.report or {}).get("settings", {})
+        kind = METHODS[settings.get("method", "gkd")].kind
+        stages = settings.get("stages")
+        if kind == "label_free" and stages is not None:
+            return kind if any(stage for name, stage in stages.items() if name != "task") else FROZEN
+        return kind
+
+    @property
     def _column(self) -> str:
-        settings = self.facts.settings or self.report.get("settings", {})
-        distilled = any(stage for name, stage in settings.get("stages", {}).items() if name != "task")
-        return METHOD_TITLES.get(settings.get("method"), "GKD") if distilled else "frozen"
+        settings = self.facts.settings or (self.report or {}).get("settings", {})
+        return FROZEN if self._kind == FROZEN else method_title(settings.get("method", "gkd"))
 
     def by_domain(self) -> str:
         """Markdown table of mean IoU by domain."""
@@ -335,7 +341,10 @@ class GKDModelCard:
         names = [
             name for name, stage in (settings.get("stages") or dict.fromkeys(list(STAGES)[:3], True)).items() if stage
         ]
-        rows = [[f"`{name}`", *STAGES[name]] for name in [*names, *(settings.get("baselines") or [])]]
+        rows = [[f"`{name}`", *STAGES[name]] for name in names]
+        if self._kind in ("one_stage", "plain"):
+            rows = [["`task`", STAGES["task"][0], METHODS[settings["method"]].trains]]
+        rows += [[f"`{name}`", STAGES["task"][0], METHODS[name].trains] for name in settings.get("baselines") or []]
         return markdown_table(["stage", "data", "what is trained"], rows, align="---")
 
     def _stage_table(self) -> str | None:

@@ -28,19 +28,22 @@ class GKDStudentOutput(ModelOutput):
     Attributes:
         last_hidden_state: B×N×C patch tokens. pooler_output: B×C class token.
         grid: (h, w), h·w = N. feature_maps: stage maps B×C_i×h_i×w_i, finest first, if asked for.
+        blocks: B×N×C patch tokens after single blocks, if asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
     feature_maps: tuple[torch.Tensor, ...] | None = None
+    blocks: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class GKDSegmenterOutput(SemanticSegmenterOutput):
-    """transformers' `SemanticSegmenterOutput` and the loss by its named terms."""
+    """transformers' `SemanticSegmenterOutput`, the loss by its named terms, and the student's output if asked for."""
 
     loss_terms: dict[str, torch.Tensor] | None = None
+    student: GKDStudentOutput | None = None
 
 
 class GKDStudentPreTrainedModel(PreTrainedModel):
@@ -151,6 +154,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         mask_grid: tuple[int, int] | None = None,
         output_maps: bool = False,
+        output_blocks: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> GKDStudentOutput:
         """Encode B×3×H×W normalised pixels.
@@ -159,6 +163,8 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
             bool_masked_pos: B×N, True where a patch is hidden from the student.
             mask_grid: (h, w) of ``bool_masked_pos``; needed by encoders without a mask token, whose image is masked.
             output_maps: also return the stage maps.
+            output_blocks: also return the patch tokens after these blocks, counted from 1 (transformers of one
+                resolution).
         """
         if bool_masked_pos is not None and not self.adapter.native_mask:
             if mask_grid is None:
@@ -166,9 +172,10 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
             pixel_values = mask_image(pixel_values, bool_masked_pos, mask_grid, self.mask_pixel)
             bool_masked_pos = None
         output = self.adapter.forward(
-            self.encoder, pixel_values, bool_masked_pos, output_maps, self.config.norm_feature_maps
+            self.encoder, pixel_values, bool_masked_pos, output_maps, self.config.norm_feature_maps, output_blocks
         )
-        return GKDStudentOutput(output.patches, output.cls, output.grid, output.maps if output_maps else None)
+        maps, blocks = output.maps if output_maps else None, output.blocks or None
+        return GKDStudentOutput(output.patches, output.cls, output.grid, maps, blocks)
 
     def save_encoder(self, folder: str | os.PathLike) -> None:
         """Save the plain encoder, which ``AutoModel.from_pretrained(folder)`` loads without this library."""
@@ -237,14 +244,18 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         student.config = config
         return segmenter
 
-    def freeze_encoder(self, frozen: bool = True) -> None:
-        """Keep the encoder in eval mode, without gradients and untouched by the optimiser; False undoes it."""
+    def freeze_encoder(self, frozen: bool = True, *, tokens_used: bool = False) -> None:
+        """Keep the encoder in eval mode, without gradients and untouched by the optimiser; False undoes it.
+
+        Args:
+            tokens_used: whether a loss looks at the encoder's tokens, too: what only they pass is trained then.
+        """
         self.encoder_frozen = frozen
         self.student.requires_grad_(not frozen)
-        beside = self.student.adapter.beside_maps(self.config.norm_feature_maps)
-        unused = ("mask_pixel", *(f"encoder.{name}" for name in beside))
+        beside = () if tokens_used else self.student.adapter.beside_maps(self.config.norm_feature_maps)
+        unused = tuple(f"encoder.{name}" for name in beside)
         for name, parameter in self.student.named_parameters():
-            if name.startswith(unused):
+            if name.startswith(unused) or name.endswith(("mask_token", "mask_pixel")):
                 parameter.requires_grad_(False)  # engines that train in parallel want a gradient for all the others
         self.train(self.training)
 
@@ -267,12 +278,19 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         return self
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_student: bool = False,
+        output_blocks: tuple[int, ...] = (),
+        **kwargs: Any,
     ) -> GKDSegmenterOutput:
         """Segment B×3×H×W normalised pixels of any size.
 
         Args:
             labels: B×H×W train ids, 255 ignored; gives a loss.
+            output_student: also return what the student says of the images (padded to whole patches).
+            output_blocks: see `GKDStudentModel.forward`.
 
         Returns:
             logits B×K×h×w at the head's stride (resize them to the image), and the loss with its terms.
@@ -286,7 +304,8 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             if labels is not None:
                 labels = F.pad(labels, padding, value=self.config.semantic_loss_ignore_index)
         with torch.no_grad() if self.encoder_frozen else nullcontext():
-            maps = self.student(pixel_values, output_maps=True).feature_maps
+            student = self.student(pixel_values, output_maps=True, output_blocks=output_blocks)
+        maps = student.feature_maps
         if self.map_norms is not None:
             maps = tuple(norm(m) for norm, m in zip(self.map_norms, maps, strict=True))
         head = self.decode_head(maps, labels)
@@ -295,7 +314,12 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
             # Only whole pixels can be cut away, so the logits go to the image's size first.
             logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
             logits = logits[..., :height, :width]
-        return GKDSegmenterOutput(loss=head.loss, logits=logits, loss_terms=head.terms or None)
+        return GKDSegmenterOutput(
+            loss=head.loss,
+            logits=logits,
+            loss_terms=head.terms or None,
+            student=student if output_student else None,
+        )
 
 
 def _recomputable(module: nn.Module) -> bool:

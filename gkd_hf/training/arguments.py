@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.errors import InputError, nearest
 
-OBJECTIVES = ("qsd", "mse")
 TEACHER_SHARDINGS = ("auto", "always", "never")
 PUSH_REFUSED = (
     "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out and call "
@@ -89,7 +89,8 @@ class GKDDistillationArguments(StageArguments):
 
     Args:
         learning_rate: None takes 5e-4 · global batch / 512. The schedule is a cosine down to ``min_learning_rate``.
-        objective: "qsd" (query-based soft distillation) or "mse" (LN + Linear heads).
+        objective: "qsd" (query-based soft distillation), "mse" (LN + Linear heads) or "proteus" (the same heads, and
+            the patch loss on masked patches alone).
         mask_probability: part p of a device batch's samples that are seen a second time, masked.
         mask_ratio: part r of their patches that is hidden.
         token_weight, feature_weight, patch_weight: λ of the three losses.
@@ -108,7 +109,7 @@ class GKDDistillationArguments(StageArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "None: 5e-4 · global batch / 512."})
     min_learning_rate: float = field(default=1e-5, metadata={"help": "Where the cosine ends."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
-    objective: str = field(default="qsd", metadata={"help": "Heads: qsd or mse."})
+    objective: str = field(default="qsd", metadata={"help": "Heads and losses: qsd, mse or proteus."})
     mask_probability: float = field(default=0.5, metadata={"help": "Part of the samples seen masked, in [0, 1]."})
     mask_ratio: float = field(default=0.5, metadata={"help": "Part of their patches that is hidden, in [0, 1)."})
     token_weight: float = field(default=1.0, metadata={"help": "Weight of the class token's loss."})
@@ -133,7 +134,9 @@ class GKDDistillationArguments(StageArguments):
         if self.query_warmup_steps < 0:
             raise InputError(f"query_warmup_steps must be ≥ 0, got {self.query_warmup_steps}")
         if self.query_warmup_steps and self.objective != "qsd":
-            raise InputError("query_warmup_steps needs objective qsd: mse heads have no query branch")
+            raise InputError(
+                f"query_warmup_steps needs objective qsd: the heads of {self.objective} have no query branch"
+            )
         weights = (self.token_weight, self.feature_weight, self.patch_weight)
         if min(weights) < 0 or not any(weights):
             raise InputError(f"token_weight, feature_weight and patch_weight must be ≥ 0 and not all 0, got {weights}")

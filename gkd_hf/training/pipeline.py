@@ -23,25 +23,36 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.transforms import DistillationTransform, SegmentationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult, package_versions
 from gkd_hf.hub.model_card import report_table
 from gkd_hf.hub.push import check_finished, check_push_rights, push_run, repo_ids, write_cards
 from gkd_hf.hub.run_facts import FACTS_NAME, RunFacts, StageFacts, command_line
+from gkd_hf.methods import LABEL_FREE_METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
 from gkd_hf.training.artefacts import resolved_commits, same_settings, write_encoder, write_segmenter
 from gkd_hf.training.checks import check_grids, check_output_dir, lock_output_dir, train_steps
 from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+from gkd_hf.training.one_stage import (
+    TEACHER_HEAD,
+    check_one_stage,
+    new_method,
+    new_teacher,
+    teacher_as_student,
+    teacher_source,
+)
+from gkd_hf.training.one_stage_trainer import GKDOneStageTrainer
 from gkd_hf.training.process_group import check_shared, join_process_group, wait_patiently
 from gkd_hf.training.progress import bars_are_seen, duration
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
-from gkd_hf.training.recipe_data import TOY_TEACHER, RecipeData
+from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.sharding import check_can_shard, under, whole_state_dict
-from gkd_hf.training.stage_arguments import device_batch, stage_arguments
+from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
 from gkd_hf.training.stage_settings import stage_folders
 
@@ -114,6 +125,8 @@ class Pipeline:
         if recipe.stages.task is None:
             return self._finish_without_task(previous)
 
+        if recipe.needs_teacher_head:
+            self._learn_teacher_head()
         trainer = self._learn_task("task", previous)
         report = self._report(trainer, previous)
         if self.state.is_main_process:
@@ -149,10 +162,15 @@ class Pipeline:
                     check_grids(student, teacher, stage.image_size)
                     trained = student
                 else:
-                    for baseline in self.recipe.baselines:
-                        self._stage_arguments(baseline, stage)
+                    for each in self._task_trainings():
+                        self._stage_arguments(each, stage)
+                    for method in self.recipe.one_stage:
+                        teacher = teacher or self._teacher()
+                        check_one_stage(self.recipe, method, student, teacher, stage.image_size)
                     trained = self._new_segmenter(student, stage)
-                    trained.freeze_encoder(not self.recipe.baselines)
+                    trained.freeze_encoder(
+                        not any(encoder_is_trained(self.recipe, each) for each in self._task_trainings())
+                    )
                 if stage.activation_checkpointing:
                     trained.check_activation_checkpointing()
             except InputError as error:
@@ -189,32 +207,58 @@ class Pipeline:
         untrained = self._begin(folder, title, stage)
         set_seed(self.recipe.seed)
         if untrained:
+            method = name if baseline else self.recipe.method
             model = self._new_segmenter(self._student_after(previous, stage), stage)
-            trainer = self._segmentation_trainer(name, title, model)
+            arguments, stream = self._task_training(name, model, stage.image_size)
+            if method in ONE_STAGE_METHODS:
+                head = self.folders[TEACHER_HEAD].model if TEACHER_HEAD in self.folders else None
+                teacher = new_teacher(self.recipe, head)
+                losses = new_method(self.recipe, method, model.student, teacher, model.config.num_labels)
+                trainer = GKDOneStageTrainer(model, losses, teacher, arguments, stream, title=title)
+            else:
+                trainer = GKDSegmentationTrainer(model, arguments, stream, title=title)
             self._train(trainer, folder)
         # What is measured is what was saved, whether it has just been trained or not.
         model = GKDStudentForSemanticSegmentation.from_pretrained(folder.model)
-        return self._segmentation_trainer(name, title, model)
+        mean, std = model.config.image_mean, model.config.image_std
+        arguments, stream = self._task_training(name, model, stage.image_size)
+        sets = {domain: self.data.evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
+        return GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
 
-    def _segmentation_trainer(
-        self, name: str, title: str, model: GKDStudentForSemanticSegmentation
-    ) -> GKDSegmentationTrainer:
+    def _learn_teacher_head(self) -> None:
+        """Train a head on the frozen teacher with the source's labels, unless that is done."""
+        stage, folder = self.recipe.stages.task, self.folders[TEACHER_HEAD]
+        if not self._begin(folder, TEACHER_HEAD, stage):
+            return
+        set_seed(self.recipe.seed)
+        student = self._student_after(None, stage)
+        encoder, image_size = teacher_as_student(self.recipe, student, stage.image_size)
+        model = self._new_segmenter(encoder, stage)
+        arguments, stream = self._task_training(TEACHER_HEAD, model, image_size)
+        self._train(GKDSegmentationTrainer(model, arguments, stream, title=TEACHER_HEAD), folder)
+
+    def _task_trainings(self) -> list[str]:
+        """Names of all that is trained with the task stage's keys."""
+        head = [TEACHER_HEAD] if self.recipe.needs_teacher_head else []
+        return [*head, "task", *self.recipe.baselines]
+
+    def _task_training(
+        self, name: str, model: GKDStudentForSemanticSegmentation, image_size: int
+    ) -> tuple[GKDSegmentationArguments, SampleStream]:
+        """Arguments and samples of what is trained with the task stage's keys, in crops of ``image_size`` pixels."""
         stage = self.recipe.stages.task
         arguments = self._stage_arguments(name, stage)
-        mean, std = model.config.image_mean, model.config.image_std
-        size = stage.image_size
+        sides = stage.short_sides or [int(stage.image_size * tenths / 10) for tenths in range(5, 21)]
         transform = SegmentationTransform(
-            size,
-            mean,
-            std,
-            short_sides=tuple(stage.short_sides or (int(size * tenths / 10) for tenths in range(5, 21))),
-            max_long_side=4 * size,
+            image_size,
+            model.config.image_mean,
+            model.config.image_std,
+            short_sides=tuple(round(side * image_size / stage.image_size) for side in sides),
+            max_long_side=4 * image_size,
             max_class_fraction=stage.max_class_fraction,
             photometric=stage.photometric,
         )
-        stream = self.data.stream(stage, transform, arguments.per_device_train_batch_size)
-        sets = {domain: self.data.evaluation_set(domain, mean, std) for domain in self.data.evaluated()}
-        return GKDSegmentationTrainer(model, arguments, stream, sets, title=title)
+        return arguments, self.data.stream(stage, transform, arguments.per_device_train_batch_size)
 
     def _begin(self, folder: StageFolder, title: str, stage: StageRecipe) -> bool:
         """Say what comes, and return whether there is anything left to train."""
@@ -257,8 +301,7 @@ class Pipeline:
     def _teacher(self) -> GKDTeacher:
         # A fresh one for each stage: resampled kernels must come from the original ones.
         teacher = self.recipe.teacher
-        source = TOY_TEACHER if teacher.name == "toy" else teacher.name
-        return GKDTeacher(source, geometry=teacher.geometry, revision=teacher.revision)
+        return GKDTeacher(teacher_source(self.recipe), geometry=teacher.geometry, revision=teacher.revision)
 
     def _new_segmenter(self, student: GKDStudentModel, stage: TaskRecipe) -> GKDStudentForSemanticSegmentation:
         classes = self.data.label_space.classes
@@ -279,7 +322,9 @@ class Pipeline:
     def _report(self, trainer: GKDSegmentationTrainer, last: StageFolder | None) -> DomainReport:
         recipe = self.recipe
         trainers = {None: trainer} | {name: self._learn_task(name, None) for name in recipe.baselines}
-        method = {"gkd": "GKD", "mse": "MSE"}[recipe.method] if last is not None else "frozen"
+        # Nothing was distilled into a student that label-free methods were given no stage for.
+        frozen = last is None and recipe.method in LABEL_FREE_METHODS
+        method = "frozen" if frozen else recipe.method
         report = DomainReport(self.data.source, self.data.label_space, recipe.as_dict(), recipe.seed, method=method)
         for baseline, each in trainers.items():
             results: dict[str, DomainResult] = each.evaluate_domains()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Mapping
@@ -15,17 +14,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gkd_hf.data.shards import is_hub_id
-from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
+from gkd_hf.methods import METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for
 from gkd_hf.models.loading import config_from_mapping, read_config
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
+from gkd_hf.training.one_stage import TEACHER_HEAD
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_space, train_images
-from gkd_hf.training.stage_arguments import device_batch
+from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
@@ -191,26 +192,36 @@ def _stage_lines(
             )
         lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teacher)}; frozen: the teacher")
     else:
+        lines += _task_lines(recipe, stage, student)
+    return lines
+
+
+def _task_lines(recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder) -> list[str]:
+    """How head and encoder are trained, by the run's own method and by each baseline."""
+    head_rate = stage.baseline_learning_rate or learning_rate(stage)
+    end_to_end = f"learning rate {head_rate:.3g} (head), {stage.baseline_encoder_learning_rate:.3g} (encoder)"
+    lines = []
+    if stage.label_fraction < 1:
+        drawn = f"drawn with label_seed {stage.label_seed}"
+        lines.append(f"  labels: of a fixed {stage.label_fraction:g} of the images, {drawn}")
+    if encoder_is_trained(recipe, "task"):
+        lines.append(f"  {end_to_end}, polynomial (power 0.9) to 0; encoder and head are trained together")
+        if METHODS[recipe.method].kind != "label_free":
+            lines.append(f"  method {recipe.method}: {METHODS[recipe.method].student}; label-free stages are left out")
+    else:
         lines.append(f"  learning rate: {learning_rate(stage):.3g}, polynomial (power 0.9) to 0")
         lines.append(f"  {_task_parameters(recipe, stage, student)}")
-        for baseline in recipe.baselines:
-            head_rate = stage.baseline_learning_rate or learning_rate(stage)
-            lines.append(
-                f"baseline {baseline}: the same student and head, end to end for as many steps, not distilled; "
-                f"learning rate {head_rate:.3g} (head), {stage.baseline_encoder_learning_rate:.3g} (encoder)"
-            )
+    if recipe.needs_teacher_head:
+        lines.append(f"{TEACHER_HEAD}: the same head on the frozen teacher, for as many steps, to compare logits")
+    for baseline in recipe.baselines:
+        how = METHODS[baseline].student
+        lines.append(f"baseline {baseline}: the same student and head for as many steps, {how}; {end_to_end}")
     return lines
 
 
 def _in_geometry(encoder: PlannedEncoder, stage: StageRecipe) -> PreTrainedConfig:
     """The student's configuration at a stage's image and patch size, on which its positions and kernels depend."""
-    config = copy.deepcopy(encoder.config)
-    adapter = adapter_for(config)
-    if adapter.fixed_grid:
-        config.image_size, config.patch_size = stage.image_size, stage.patch_size or adapter.stride
-    if adapter.whole_patches:
-        adapter_for(config).check_image_size(stage.image_size, stage.image_size)
-    return config
+    return adapter_for(encoder.config).in_geometry(stage.image_size, stage.patch_size)
 
 
 def _distillation_parameters(
@@ -218,7 +229,7 @@ def _distillation_parameters(
 ) -> str:
     if student.config is None or teacher is None or teacher.config is None:
         return "the student and its heads (sizes unknown without the Hub)"
-    kind = MSEObjective if recipe.method == "mse" else GKDObjective
+    kind = OBJECTIVES[METHODS[recipe.method].objective]
     with torch.device("meta"):
         body = GKDStudentModel(GKDStudentConfig(encoder_config=_in_geometry(student, stage)))
         if stage.activation_checkpointing:

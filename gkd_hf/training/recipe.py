@@ -18,9 +18,9 @@ from omegaconf import MISSING
 
 from gkd_hf.data.domains import Domain, domain, domain_names
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
+from gkd_hf.methods import ONE_STAGE_METHODS
 
-METHODS = ("gkd", "mse")
-BASELINES = ("none",)
+KD_TARGETS = ("features", "logits")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SEED = 2**32 - 1  # NumPy's
 
@@ -114,7 +114,9 @@ class TaskRecipe(StageRecipe):
     stride: int = 341
     window_batch_size: int = 4
     evaluation_images: int | None = None  # at most so many of each domain
-    baseline_learning_rate: float | None = None  # of the head when trained end to end; None: as above
+    freeze_encoder: bool = True  # of methods with label-free stages; False lets the distilled encoder learn the task
+    # Where the encoder is trained, too (baselines, one-stage methods, method none, freeze_encoder: false):
+    baseline_learning_rate: float | None = None  # of the head; None: learning_rate
     baseline_encoder_learning_rate: float = 1e-5
 
 
@@ -171,6 +173,49 @@ class HubRecipe:
 
 
 @dataclass
+class KDRecipe:
+    """Plain knowledge distillation: the mean squared error of features, or Hinton's divergence of logits."""
+
+    target: str = "features"  # or logits
+    weight: float = 1.0
+    temperature: float = 1.0  # of the logits' softmax
+
+
+@dataclass
+class CWDRecipe:
+    """Channel-wise distillation (ICCV 2021): a softmax over space for each channel."""
+
+    logits_weight: float = 3.0
+    feature_weight: float = 50.0
+    logits_temperature: float = 4.0
+    feature_temperature: float = 4.0
+
+
+@dataclass
+class AfDCDRecipe:
+    """Augmentation-free dense contrastive distillation (NeurIPS 2023)."""
+
+    logits_weight: float = 1.0
+    feature_weight: float = 4e-5
+    contrast_weight: float = 1e-3
+    logits_temperature: float = 1.0
+    contrast_temperature: float = 0.07
+    mask_ratio: float = 0.75
+    pool: int = 4
+    patch: int = 4
+    groups: int = 16
+
+
+@dataclass
+class ViTKDRecipe:
+    """ViTKD: the first two blocks are mimicked, the last one is generated from a part of its tokens."""
+
+    mimic_weight: float = 3e-5
+    generation_weight: float = 3e-6
+    mask_ratio: float = 0.5
+
+
+@dataclass
 class Recipe:
     """A whole run. See `scripts/recipes/` for examples."""
 
@@ -181,11 +226,34 @@ class Recipe:
     evaluate: list[str] = field(default_factory=list)
     source_test: bool = True  # also evaluate the held-out split of the source
     baselines: list[str] = field(default_factory=list)
+    kd: KDRecipe = field(default_factory=KDRecipe)
+    cwd: CWDRecipe = field(default_factory=CWDRecipe)
+    af_dcd: AfDCDRecipe = field(default_factory=AfDCDRecipe)
+    vitkd: ViTKDRecipe = field(default_factory=ViTKDRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     hub: HubRecipe = field(default_factory=HubRecipe)
     output_dir: str = MISSING
     seed: int = 0
     timeout_minutes: float = 30  # how long processes wait for one that does not answer
+
+    @property
+    def needs_teacher_head(self) -> bool:
+        """Whether a one-stage method compares logits, which the teacher gives with a head learnt on the source."""
+        compared = {
+            "kd": self.kd.target == "logits",
+            "cwd": self.cwd.logits_weight > 0,
+            "af_dcd": self.af_dcd.logits_weight > 0,
+        }
+        return any(compared.get(name, False) for name in self.one_stage)
+
+    @property
+    def one_stage(self) -> list[str]:
+        """The one-stage methods that the run trains, as its own or as baselines."""
+        return [name for name in (self.method, *self.baselines) if name in ONE_STAGE_METHODS]
+
+    def method_settings(self, method: str) -> dict[str, Any]:
+        """The fields of a one-stage method."""
+        return dataclasses.asdict(self.__dict__[method])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as written to recipe.yaml and the report."""

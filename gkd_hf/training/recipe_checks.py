@@ -15,13 +15,13 @@ from huggingface_hub.utils import validate_repo_id
 from gkd_hf.data.domains import MIXING_BLOCK
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.hub.model_card import segmenter_repo
+from gkd_hf.methods import BASELINES, LABEL_FREE_METHODS, METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.configuration_gkd import DECODE_HEADS
 from gkd_hf.teacher import GEOMETRIES
 from gkd_hf.training.arguments import TEACHER_SHARDINGS
 from gkd_hf.training.recipe import (
-    BASELINES,
+    KD_TARGETS,
     MAX_SEED,
-    METHODS,
     PRECISIONS,
     DistillationRecipe,
     Recipe,
@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         except InputError as error:
             raise InputError(f"{origin}: {key}: {error}") from error
 
-    one_of("method", recipe.method, METHODS)
+    one_of("method", recipe.method, tuple(METHODS))
     for name in recipe.baselines:
         one_of("baselines", name, BASELINES)
     for key, names in (
@@ -74,18 +74,41 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
     if recipe.teacher is not None:
         one_of("teacher.geometry", recipe.teacher.geometry, GEOMETRIES)
         one_of("teacher.sharding", recipe.teacher.sharding, TEACHER_SHARDINGS)
-    elif any(recipe.stages.distillation()):
+    elif recipe.one_stage:
+        raise InputError(f"{origin}: {recipe.one_stage[0]} needs a teacher: add teacher.name")
+    elif recipe.method in LABEL_FREE_METHODS and any(recipe.stages.distillation()):
         raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
+    _check_one_stage(recipe, origin)
     if recipe.stages.task is None and (recipe.evaluate or recipe.baselines):
         raise InputError(f"{origin}: evaluate and baselines need stages.task: without it no segmenter is trained")
     for name, stage in stages.items():
         _check_stage(f"stages.{name}", stage, origin, one_of, known_domain)
     _check_numbers("data.toy_city", recipe.data.toy_city, origin)
+    for name in ONE_STAGE_METHODS:
+        _check_numbers(name, recipe.__dict__[name], origin)
     if not 0 <= recipe.seed <= MAX_SEED:
         raise InputError(f"{origin}: seed is {recipe.seed}: it must be between 0 and {MAX_SEED}")
     if not 0.1 <= recipe.timeout_minutes <= MAX_TIMEOUT:
         raise InputError(
             f"{origin}: timeout_minutes is {recipe.timeout_minutes}: it must be between 0.1 and {MAX_TIMEOUT} (a week)"
+        )
+
+
+def _check_one_stage(recipe: Recipe, origin: str) -> None:
+    if recipe.method not in LABEL_FREE_METHODS and recipe.stages.task is None:
+        raise InputError(f"{origin}: method {recipe.method} learns the task from its first step on: add stages.task")
+    if recipe.method in recipe.baselines:
+        raise InputError(f"{origin}: {recipe.method} is the method and a baseline, too: drop it from baselines")
+    if recipe.kd.target not in KD_TARGETS:
+        hint = nearest(recipe.kd.target, KD_TARGETS)
+        raise InputError(f"{origin}: kd.target is {recipe.kd.target!r}{hint} (available: {', '.join(KD_TARGETS)})")
+    head = recipe.stages.task.decode_head if recipe.stages.task is not None else None
+    kind = head.get("type") if isinstance(head, Mapping) else head
+    if recipe.needs_teacher_head and kind == "mask2former":
+        raise InputError(
+            f"{origin}: {' and '.join(recipe.one_stage)}: logits can be compared where each pixel has one score per "
+            "class, and stages.task.decode_head mask2former scores masks: take linear, upernet or dpt, or compare "
+            "features alone (kd.target=features, cwd.logits_weight=0, af_dcd.logits_weight=0)"
         )
 
 
@@ -188,6 +211,10 @@ _AT_LEAST_ZERO = {
     "token_weight",
     "feature_weight",
     "patch_weight",
+    "logits_weight",
+    "contrast_weight",
+    "mimic_weight",
+    "generation_weight",
 }
 _FRACTIONS = {"mask_probability", "mask_ratio", "erase_probability", "max_class_fraction"}
 

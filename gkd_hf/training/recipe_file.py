@@ -14,16 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.methods import LABEL_FREE_METHODS
 from gkd_hf.training.recipe import (
+    AfDCDRecipe,
+    CWDRecipe,
     DataRecipe,
     DistillationRecipe,
     HubRecipe,
+    KDRecipe,
     Recipe,
     StagesRecipe,
     StudentRecipe,
     TaskRecipe,
     TeacherRecipe,
     ToyCityRecipe,
+    ViTKDRecipe,
     canonical_name,
 )
 from gkd_hf.training.recipe_checks import check_recipe
@@ -36,6 +41,10 @@ _SECTIONS: dict[type, dict[str, type]] = {
         "student": StudentRecipe,
         "teacher": TeacherRecipe,
         "stages": StagesRecipe,
+        "kd": KDRecipe,
+        "cwd": CWDRecipe,
+        "af_dcd": AfDCDRecipe,
+        "vitkd": ViTKDRecipe,
         "data": DataRecipe,
         "hub": HubRecipe,
     },
@@ -77,6 +86,9 @@ def load_recipe(path: str | os.PathLike | Mapping[str, Any] | None, overrides: I
         raise InputError(f"{origin}: {_first_line(error)}") from error
     _use_canonical_names(recipe)
     check_recipe(recipe, origin)
+    if recipe.method not in LABEL_FREE_METHODS:
+        # One recipe serves all methods: those that learn the task from the first step on leave the stages before out.
+        recipe.stages.task_agnostic = recipe.stages.domain_agnostic = None
     return recipe
 
 

@@ -26,7 +26,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
 from gkd_hf.training.artefacts import write_segmenter
 from gkd_hf.training.progress import no_bar
-from gkd_hf.training.sharding import whole_model
+from gkd_hf.training.sharding import under, whole_model
 from gkd_hf.training.sigterm import outliving_sigterm
 from gkd_hf.training.stream_trainer import StreamTrainer
 
@@ -48,6 +48,7 @@ class GKDSegmentationTrainer(StreamTrainer):
 
     _tag_names = ["gkd", "semantic-segmentation"]
     artefact = "segmenter"
+    encoder_prefix = "student."
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class GKDSegmentationTrainer(StreamTrainer):
             # An encoder's first call sets up how it tells its hidden states, which would break the graph.
             maybe_install_capturing_hooks(model.student.encoder)
         super().__init__(
-            model,
+            self.trained(model),
             args,
             train_dataset,
             dict(eval_dataset or {}),
@@ -75,6 +76,19 @@ class GKDSegmentationTrainer(StreamTrainer):
             callbacks=callbacks,
             title=title,
         )
+
+    def trained(self, model: GKDStudentForSemanticSegmentation) -> nn.Module:
+        """Return the module that is trained; `segmenter_of` finds the segmenter in it."""
+        return model
+
+    def segmenter_of(self, trained: nn.Module) -> GKDStudentForSemanticSegmentation:
+        """Return the segmenter in what `trained` returned, or in a copy of it."""
+        return trained
+
+    @property
+    def segmenter(self) -> GKDStudentForSemanticSegmentation:
+        """The segmenter that is trained."""
+        return self.segmenter_of(self.model)
 
     def compute_loss(
         self,
@@ -109,7 +123,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("student."), name in decayed), []).append(parameter)
+                groups.setdefault((name.startswith(self.encoder_prefix), name in decayed), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
             [
@@ -129,20 +143,23 @@ class GKDSegmentationTrainer(StreamTrainer):
 
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
         """Write the segmenter to a folder, natively where transformers has a class; every process must call it."""
-        model = whole_model(self)
+        model = self.segmenter_of(whole_model(self))
         if self.is_world_process_zero():
             write_segmenter(Path(folder), model, facts, image_size)
 
     def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
         """Write the segmenter to a folder."""
-        self.model.save_pretrained(folder, state_dict=weights)
+        prefix = self.encoder_prefix.removesuffix("student.")
+        self.segmenter.save_pretrained(folder, state_dict=under(prefix, weights) if prefix else weights)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Trainer would save under the names that published encoders have, load by those of the modules, and go on
-        # without what it did not find.
-        if self.args.should_save:
+        if self.model is not self.segmenter:  # Trainer saves a plain module's weights by the names they have in it
+            super()._save(output_dir, state_dict)
+        # Of a transformers model it would save them under the names that published encoders have, load by those of
+        # the modules, and go on without what it did not find.
+        elif self.args.should_save:
             folder = output_dir or self.args.output_dir
             self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
@@ -167,7 +184,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         results = self.evaluate_domains(eval_dataset, examples=0)
         metrics = {}
         for name, result in results.items():
-            metric = MeanIoU(num_labels=self.model.config.num_labels)
+            metric = MeanIoU(num_labels=self.segmenter.config.num_labels)
             metric.merge(result.confusion)
             metrics[f"{metric_key_prefix}_{name}_miou"] = 100 * metric.compute()["mean_iou"]
         if metrics:
@@ -190,7 +207,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         """
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.averaged():
-            model = whole_model(self).to(self.args.device).eval()
+            model = self.segmenter_of(whole_model(self)).to(self.args.device).eval()
             return {name: self._evaluate_domain(model, name, images, examples) for name, images in sets.items()}
 
     @torch.no_grad()

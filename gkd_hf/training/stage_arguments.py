@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from gkd_hf.errors import InputError
+from gkd_hf.methods import METHODS
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
-from gkd_hf.training.recipe import METHODS, DistillationRecipe, Recipe, StageRecipe
+from gkd_hf.training.one_stage import TEACHER_HEAD
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
 
-OBJECTIVES = dict(zip(METHODS, ("qsd", "mse"), strict=True))
 COPIED_SETTINGS = (
     "weight_decay",
     "gradient_accumulation_steps",
@@ -44,6 +45,13 @@ def device_batch(name: str, stage: StageRecipe, processes: int) -> int:
     return stage.batch_size // share
 
 
+def encoder_is_trained(recipe: Recipe, name: str) -> bool:
+    """Whether the encoder learns the task with the head, in the task stage, a baseline, or for the teacher's head."""
+    if name == TEACHER_HEAD:
+        return False
+    return name != "task" or METHODS[recipe.method].kind != "label_free" or not recipe.stages.task.freeze_encoder
+
+
 def stage_arguments(
     recipe: Recipe, name: str, stage: StageRecipe, folder: Path, steps: int, processes: int
 ) -> GKDDistillationArguments | GKDSegmentationArguments:
@@ -73,13 +81,13 @@ def stage_arguments(
             settings["query_warmup_steps"] = 0  # the other heads have no query branch to warm up
         return GKDDistillationArguments(
             learning_rate=stage.learning_rate,
-            objective=OBJECTIVES[recipe.method],
+            objective=METHODS[recipe.method].objective,
             teacher_sharding=recipe.teacher.sharding,
             **settings,
             **shared,
         )
-    frozen = name == "task"
-    if frozen and recipe.baselines:
+    frozen = not encoder_is_trained(recipe, name)
+    if frozen and (recipe.baselines or name == TEACHER_HEAD):
         shared["activation_checkpointing"] = False  # meant for those: they train the encoder, too
     learning_rate = None if frozen else stage.baseline_learning_rate
     return GKDSegmentationArguments(

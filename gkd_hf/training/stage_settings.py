@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
+from gkd_hf.training.one_stage import TEACHER_HEAD
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
 from gkd_hf.training.recipe_data import RecipeData, is_rendered
 from gkd_hf.training.stage_folder import StageFolder
@@ -27,15 +29,31 @@ def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
         if isinstance(stage, DistillationRecipe):
             settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
         else:
+            trained = {key: value for key, value in own.items() if not key.startswith("baseline_")}
+            if recipe.needs_teacher_head:
+                head = settings | {"stages": {name: trained}, "teacher": dataclasses.asdict(recipe.teacher)}
+                folders[TEACHER_HEAD] = StageFolder(output_dir / "stages" / TEACHER_HEAD, head)
             for baseline in recipe.baselines:
-                folders[baseline] = StageFolder(output_dir / "baselines" / baseline, settings)
-            own = {key: value for key, value in own.items() if not key.startswith("baseline_")}
-            settings |= {"stages": {name: own}}
+                folders[baseline] = StageFolder(
+                    output_dir / "baselines" / baseline, settings | _method_settings(recipe, baseline)
+                )
+            if METHODS[recipe.method].kind != "label_free":
+                settings |= _method_settings(recipe, recipe.method)
+            elif stage.freeze_encoder:
+                settings |= {"stages": {name: trained}}
         settings |= {"stage_before": before}
         folders[name] = StageFolder(output_dir / "stages" / name, settings)
         # What follows hangs on all that went before: a stage run again makes the later ones out of date.
         before = f"{name}, settings {folders[name].digest}"
     return folders
+
+
+def _method_settings(recipe: Recipe, method: str) -> dict[str, Any]:
+    """What a method that learns the task from the first step on adds; nothing for the student alone."""
+    if method not in ONE_STAGE_METHODS:
+        return {}
+    teacher = {"method": method, "teacher": dataclasses.asdict(recipe.teacher)}
+    return teacher | {method: recipe.method_settings(method)}
 
 
 def _data_settings(recipe: Recipe, data: RecipeData, stage: StageRecipe) -> dict[str, Any]:

@@ -28,10 +28,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
+from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.mask2former import modeling_mask2former
 
 from gkd_hf.distillation.distiller import GKDDistiller
-from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+from gkd_hf.distillation.objective import OBJECTIVES
+from gkd_hf.methods import METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
@@ -155,6 +157,9 @@ class Step(ABC):
             if self.on_gpu:
                 stack.enter_context(as_on_gpu())
             stack.enter_context(mock.patch.object(modeling_mask2former, "linear_sum_assignment", _any_assignment))
+            # DINOv3 keeps its coordinates for later calls, which have to find values.
+            uncached = modeling_dinov3_vit.get_patches_center_coordinates.__wrapped__
+            stack.enter_context(mock.patch.object(modeling_dinov3_vit, "get_patches_center_coordinates", uncached))
             lessons = [self._lesson(teacher, batch) for batch in batches]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser = torch.optim.AdamW(trained, fused=True)
@@ -227,7 +232,7 @@ class DistillationStep(Step):
 
     Args:
         student, teacher: their configurations. patch_size: of the student; None keeps its own.
-        method: "gkd" or "mse". geometry: of the teacher.
+        method: one with label-free stages. geometry: of the teacher.
         mask_probability, mask_ratio: part of the images seen a second time, part of their patches hidden.
         settings: those of `Step`.
     """
@@ -259,7 +264,7 @@ class DistillationStep(Step):
         teacher.fit_geometry(self.image_size, self.grid)
         if self.bf16:
             teacher.halve()
-        objective = (MSEObjective if self.method == "mse" else GKDObjective)(student.adapter.width, teacher.width)
+        objective = OBJECTIVES[METHODS[self.method].objective](student.adapter.width, teacher.width)
         return GKDDistiller(student, objective), student, objective, teacher
 
     def teach(self, teacher: nn.Module | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -78,7 +78,7 @@ def test_terminal_table(report):
 
 
 def test_table_without_a_baseline_has_no_gain():
-    report = DomainReport("day", Space(), {}, 0, method="MSE")
+    report = DomainReport("day", Space(), {}, 0, method="mse")
     report.add(result("night", 1, 1))
     header, *_, mean, _ = report.table().splitlines()[2:]
     assert [cell.strip() for cell in header.strip("│").split("│")] == ["domain", "MSE"]

@@ -1,0 +1,83 @@
+"""What a recipe's one-stage methods need beside the student: their losses, their teacher, and a head for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gkd_hf.distillation.one_stage import ONE_STAGE, OneStageMethod, check_method
+from gkd_hf.errors import InputError
+from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
+from gkd_hf.task_teacher import TaskTeacher
+from gkd_hf.teacher import GKDTeacher
+from gkd_hf.training.recipe import Recipe
+from gkd_hf.training.recipe_data import TOY_TEACHER
+
+TEACHER_HEAD = "teacher_head"
+
+
+def new_method(
+    recipe: Recipe, name: str, student: GKDStudentModel, teacher: GKDTeacher, classes: int
+) -> OneStageMethod:
+    """Return the losses of a one-stage method with new projections, as the recipe has them."""
+    return ONE_STAGE[name](student.adapter.width, teacher.width, classes, **recipe.method_settings(name))
+
+
+def check_one_stage(recipe: Recipe, name: str, student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
+    """Refuse, before any training, what a one-stage method cannot do with these two encoders.
+
+    Raises:
+        InputError: a setting outside its range, a grid too small, encoders without the blocks that are compared, or
+            images that the student would have to pad.
+    """
+    stride = student.adapter.stride
+    if image_size % stride:
+        best = max(1, round(image_size / stride)) * stride
+        raise InputError(
+            f"image_size {image_size} is no multiple of the student's stride {stride}, so that its tokens and those "
+            f"of the teacher would not cover the same pixels; the nearest that is: {best}"
+        )
+    try:
+        check_method(
+            name,
+            student.adapter,
+            teacher.adapter,
+            common_grid(student, teacher, image_size),
+            **recipe.method_settings(name),
+        )
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+
+
+def common_grid(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> tuple[int, int]:
+    """The grid of tokens on which student and teacher are compared."""
+    if student.adapter.owns_grid:
+        return (image_size // student.adapter.stride,) * 2
+    return teacher.grid_for(image_size)
+
+
+def new_teacher(recipe: Recipe, head: Path | None = None) -> TaskTeacher:
+    """The recipe's teacher for a one-stage method; ``head``: where the segmenter is in which its head was learnt."""
+    segmenter = None if head is None else GKDStudentForSemanticSegmentation.from_pretrained(head)
+    return TaskTeacher(
+        teacher_source(recipe), segmenter, geometry=recipe.teacher.geometry, revision=recipe.teacher.revision
+    )
+
+
+def teacher_source(recipe: Recipe) -> str:
+    """Hub id or folder of the recipe's teacher."""
+    return str(TOY_TEACHER) if recipe.teacher.name == "toy" else recipe.teacher.name
+
+
+def teacher_as_student(recipe: Recipe, student: GKDStudentModel, image_size: int) -> tuple[GKDStudentModel, int]:
+    """The teacher's encoder as a student whose head can be learnt, and the side of the images that it sees.
+
+    It sees them as it will when it teaches: as large as its own geometry wants them for the common grid.
+    """
+    body = GKDStudentModel.from_encoder(teacher_source(recipe), revision=recipe.teacher.revision)
+    with_geometry = new_teacher(recipe)
+    grid = common_grid(student, with_geometry, image_size)
+    if recipe.teacher.geometry == "native":
+        return body, grid[0] * body.adapter.stride
+    with_geometry.fit_geometry(image_size, grid)
+    body.set_geometry(image_size, image_size // grid[0])
+    return body, image_size
