@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +21,7 @@ from gkd_hf.models.encoders import EncoderOutput, adapter_for, resample_geometry
 from gkd_hf.models.loading import load_encoder
 
 GEOMETRIES = ("native", "resample_patch_embed")
+SHARDINGS = ("auto", "always", "never")
 LARGE = 500_000_000  # parameters from which on sharding pays: in bf16 they are a gigabyte on every device
 
 
@@ -33,9 +38,16 @@ class GKDTeacher(nn.Module):
             image and resizes its patch kernels and positions instead.
         pretrained: read the weights of an id or folder.
         revision: commit, tag or branch of a Hub id.
+        weight: of its losses beside those of other teachers, > 0.
+        standardise: bring its tokens to mean 0 and deviation 1 per channel; None: if it is one of several.
+        sharding: "auto", "always" or "never"; None: what the trainer's arguments say.
+
+    Attributes:
+        source: the folder or Hub id, and its revision; None for a configuration.
 
     Raises:
-        InputError: unknown geometry or architecture, unreadable source, weights for less than 95 % of the tensors.
+        InputError: a weight that is not positive, unknown sharding, geometry or architecture, unreadable source,
+            weights for less than 95 % of the tensors.
     """
 
     def __init__(
@@ -45,8 +57,17 @@ class GKDTeacher(nn.Module):
         geometry: Literal["native", "resample_patch_embed"] = "native",
         pretrained: bool = True,
         revision: str | None = None,
+        weight: float = 1.0,
+        standardise: bool | None = None,
+        sharding: Literal["auto", "always", "never"] | None = None,
     ):
         super().__init__()
+        if not 0 < weight < math.inf:
+            raise InputError(f"a teacher's weight must be more than 0 and finite, got {weight}")
+        if sharding not in (None, *SHARDINGS):
+            raise InputError(f"unknown teacher sharding '{sharding}' (there are: {', '.join(SHARDINGS)})")
+        self.weight, self.standardise, self.sharding = float(weight), standardise, sharding
+        self.source = named_source(source, revision)
         if geometry not in GEOMETRIES:
             hint = nearest(geometry, GEOMETRIES)
             raise InputError(f"unknown teacher geometry '{geometry}'{hint} (there are: {', '.join(GEOMETRIES)})")
@@ -63,6 +84,11 @@ class GKDTeacher(nn.Module):
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
+
+    @property
+    def called(self) -> str:
+        """What its encoder is called: a Hub id, a folder, or the architecture of one given by its configuration."""
+        return self.encoder.config.name_or_path or self.encoder.config.model_type
 
     @property
     def width(self) -> int:
@@ -185,3 +211,26 @@ class GKDTeacher(nn.Module):
         """Raise `InputError` if tokens do not lie on the grid they are wanted on."""
         if output.grid != tuple(grid):
             raise InputError(f"the teacher's tokens lie on a {output.grid} grid, the student's on {tuple(grid)}")
+
+
+def named_source(source: Any, revision: str | None) -> tuple[str, str | None] | None:
+    """What tells a teacher from others: its folder or Hub id, and the revision; None for a configuration."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    place = os.path.expanduser(os.fspath(source))
+    return (os.path.realpath(place) if os.path.isdir(place) else place), revision
+
+
+def short_names(called: Sequence[str]) -> list[str]:
+    """Return unique short names of teachers: the last part of folder or Hub id, numbered where it is not the only one.
+
+    `["facebook/dinov2-base", "/a/vit", "/b/vit"]` → `["dinov2-base", "vit-1", "vit-2"]`.
+    """
+    plain = [Path(name).name or name for name in called]
+    counts, names = Counter(plain), []
+    for name in plain:
+        number, own = 1, name
+        while counts[name] > 1 and (own == name or own in names or own in plain):
+            own, number = f"{name}-{number}", number + 1
+        names.append(own)
+    return names

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import MSEObjective
 from gkd_hf.models.encoders import resample_tokens
 from gkd_hf.models.modeling_gkd import GKDStudentModel, frozen_running_statistics
@@ -22,10 +24,10 @@ class GKDDistiller(nn.Module):
     feeds the running statistics, because that is what the student will be used on.
 
     Args:
-        student: to be distilled. objective: heads and losses.
+        student: to be distilled. objective: heads and losses, of one teacher or of several.
     """
 
-    def __init__(self, student: GKDStudentModel, objective: MSEObjective):
+    def __init__(self, student: GKDStudentModel, objective: MSEObjective | MultiTeacherObjective):
         super().__init__()
         self.student = student
         self.objective = objective
@@ -38,8 +40,8 @@ class GKDDistiller(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        teacher_patches: torch.Tensor,
-        teacher_cls: torch.Tensor,
+        teacher_patches: torch.Tensor | Sequence[torch.Tensor],
+        teacher_cls: torch.Tensor | Sequence[torch.Tensor],
         grid: tuple[int, int],
         mask_rows: torch.Tensor,
         masks: torch.Tensor,
@@ -48,14 +50,15 @@ class GKDDistiller(nn.Module):
         """Compute the losses of a batch of B images.
 
         Args:
-            pixel_values: B×3×H×W. teacher_patches: B×N×C_t. teacher_cls: B×C_t.
-            grid: (h, w) of the teacher's patches, h·w = N; a CNN's map is resampled to it.
+            pixel_values: B×3×H×W. teacher_patches: B×N×C_t. teacher_cls: B×C_t. For a `MultiTeacherObjective` one of
+                each per teacher.
+            grid: (h, w) of the teachers' patches, h·w = N; a CNN's map is resampled to it.
             mask_rows: M ≤ B places of the samples to mask. masks: M×N, True where a patch is hidden.
             attention: also look at the attention of the first two samples. Here and not later, because sharded
                 heads have their weights only while the forward lasts.
 
         Returns:
-            The objective's named losses, and what `QuerySoftDistillation.attention_statistics` returns if asked for.
+            The objective's named losses, and what its ``attention_statistics`` returns if asked for.
         """
         whole = self.student(pixel_values)
         patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
@@ -75,5 +78,5 @@ class GKDDistiller(nn.Module):
             mask=mask,
         )
         if attention:
-            losses |= self.objective.feature.attention_statistics(patches[:2], teacher_patches[:2])
+            losses |= self.objective.attention_statistics(patches[:2], teacher_patches)
         return losses

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import TrainerCallback
 
 from gkd_hf.data.streaming import SampleStream, collate
 from gkd_hf.distillation.distiller import GKDDistiller
 from gkd_hf.distillation.masking import random_masks
+from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
-from gkd_hf.errors import InputError
+from gkd_hf.distillation.standardise import TokenStatistics
 from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 from gkd_hf.training.artefacts import write_encoder
+from gkd_hf.training.new_heads import check_objective, new_objective
 from gkd_hf.training.numbered_samples import PLACE
-from gkd_hf.training.sharding import under, whole_model
+from gkd_hf.training.process_group import several
+from gkd_hf.training.sharding import share_buffers, under, whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
+from gkd_hf.training.teaching import BeforeFirstStep, Teaching, as_teachers, first_batches
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +79,18 @@ class GKDDistillationTrainer(StreamTrainer):
 
     Args:
         student: the model to distil.
-        teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder). Training in bf16 makes its weights
-            bf16; ``args.teacher_sharding`` shares them out to the processes at the first batch.
+        teacher: a `GKDTeacher`, or what one is made from (a Hub id, a folder); or a list of them, each with its own
+            heads. The losses of several are weighted by their ``weight``, and their tokens standardised, on one grid:
+            the student's where its adapter owns the grid, else the first teacher's. Training in bf16 makes their
+            weights bf16; ``args.teacher_sharding`` shares them out to the processes at the first batch.
         args: the paper's recipe by default; ``max_steps`` must be set for a stream.
         train_dataset: a `SampleStream`, whose uint8 pixels are normalised (and erased) on the device, or any data set
             of ``pixel_values`` 3×H×W in the student's normalisation.
-        objective: heads to go on with, for example those of stage 1a; None makes new ones.
+        objective: heads to go on with, for example those of stage 1a, with the statistics of the teachers' tokens;
+            None makes new ones, and estimates the statistics from the first images.
 
     Raises:
-        InputError: a teacher or geometry that does not fit the student.
+        InputError: a teacher or geometry that does not fit the student, a teacher that is given twice.
     """
 
     _tag_names = ["gkd", "knowledge-distillation"]
@@ -93,22 +99,22 @@ class GKDDistillationTrainer(StreamTrainer):
     def __init__(
         self,
         student: GKDStudentModel,
-        teacher: GKDTeacher | str | os.PathLike,
+        teacher: GKDTeacher | str | os.PathLike | Sequence[GKDTeacher | str | os.PathLike],
         args: GKDDistillationArguments,
         train_dataset: torch.utils.data.Dataset,
         *,
-        objective: MSEObjective | None = None,
+        objective: MSEObjective | MultiTeacherObjective | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         title: str = "distil",
     ):
-        self.teacher = teacher if isinstance(teacher, GKDTeacher) else GKDTeacher(teacher)
+        self.teachers = as_teachers(teacher)
         if args.activation_checkpointing:
             student.check_activation_checkpointing()
         # A student whose tokens have their places dictates the grid; a CNN's map is resampled to the teacher's.
         grid_owner = student.adapter if student.adapter.owns_grid else self.teacher.adapter
-        model = GKDDistiller(student, objective or self._new_objective(student, args))
-        self._check_objective(model.objective, student)
+        model = GKDDistiller(student, objective or new_objective(student, self.teachers, args))
+        check_objective(model.objective, student, self.teachers)
         # Masks a batch never draws would leave their parameter without a gradient.
         wanted = args.mask_probability > 0 and args.mask_ratio > 0
         masked = wanted and int(args.mask_probability * args.per_device_train_batch_size + 1e-9) > 0
@@ -126,40 +132,17 @@ class GKDDistillationTrainer(StreamTrainer):
             args,
             train_dataset,
             data_collator=data_collator or MaskingCollator(grid_owner.stride, args),
-            callbacks=callbacks,
+            callbacks=[BeforeFirstStep(self._fit_standardisation), *(callbacks or [])],
             title=title,
         )
-        wanted = {"auto": self.teacher.large, "always": True, "never": False}[args.teacher_sharding]
-        self._share_teacher = wanted and args.world_size > 1
-        if self.teacher.halved and not args.bf16:
-            raise InputError(
-                "the teacher's weights are bf16 (made so by halve() or by an earlier training in bf16), this training "
-                "is in fp32: give it a new GKDTeacher, or set bf16=True"
-            )
-        if args.bf16 and not self.teacher.sharded:
-            self.teacher.halve()
-        if not self._share_teacher:
-            self.teacher.to(args.device)
-        if args.torch_compile:  # Trainer does it for the model; in place, so that the teacher stays what it is
-            self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self.student_mean = torch.tensor(student.config.image_mean, device=args.device).view(1, 3, 1, 1)
-        self.student_std = torch.tensor(student.config.image_std, device=args.device).view(1, 3, 1, 1)
-        self._near_chance = 0
+        statistics = (student.config.image_mean, student.config.image_std)
+        self._teaching = Teaching(self.teachers, args, *statistics, self.autocast)
+        self._near_chance: dict[str, int] = {}
 
-    def _new_objective(self, student: GKDStudentModel, args: GKDDistillationArguments) -> MSEObjective:
-        weights = (args.token_weight, args.feature_weight, args.patch_weight)
-        if args.objective == "mse":
-            return MSEObjective(student.adapter.width, self.teacher.width, weights)
-        return GKDObjective(student.adapter.width, self.teacher.width, weights, args.attention_scale)
-
-    def _check_objective(self, objective: MSEObjective, student: GKDStudentModel) -> None:
-        projection = objective.patch.value.proj
-        wanted = (student.adapter.width, self.teacher.width)
-        if (projection.in_features, projection.out_features) != wanted:
-            raise InputError(
-                f"the heads map {projection.in_features} to {projection.out_features} channels, student and teacher "
-                f"need {wanted[0]} to {wanted[1]}"
-            )
+    @property
+    def teacher(self) -> GKDTeacher:
+        """The teacher; of several the first, on whose grid the losses live unless the student owns it."""
+        return self.teachers[0]
 
     @property
     def student(self) -> GKDStudentModel:
@@ -167,17 +150,40 @@ class GKDDistillationTrainer(StreamTrainer):
         return self.model.student
 
     @property
-    def objective(self) -> MSEObjective:
-        """The heads, for the next stage to go on with."""
+    def objective(self) -> MSEObjective | MultiTeacherObjective:
+        """The heads, with the statistics of tokens that are standardised, for the next stage to go on with."""
         return self.model.objective
 
-    def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> EncoderOutput:
-        """Return the teacher's tokens of the student's pixels B×3×H×W on an h×w grid."""
-        self.teacher.fit_geometry(pixel_values.shape[-1], grid)
-        if self._share_teacher and not self.teacher.sharded:  # only now, because it cannot be resampled afterwards
-            self.teacher.shard(init_device_mesh(self.args.device.type, (self.args.world_size,)))
-        with self.autocast():
-            return self.teacher(pixel_values, grid, self.student_mean, self.student_std)
+    def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[EncoderOutput, ...]:
+        """Return the tokens of each teacher of the student's pixels B×3×H×W, on an h×w grid."""
+        return self._teaching(pixel_values, grid)
+
+    def _pixels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        streamed = isinstance(self.train_dataset, SampleStream)
+        return self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
+
+    def _fit_standardisation(self) -> None:
+        """Estimate what standardises the teachers' tokens, unless a checkpoint or the heads have brought it.
+
+        Every process reads the same images, because a teacher that is shared out needs all of them; what the main one
+        finds is then the statistics of all.
+        """
+        unfitted = self.objective.unfitted() if isinstance(self.objective, MultiTeacherObjective) else []
+        if not unfitted:
+            return
+        found = {k: TokenStatistics() for k, _ in unfitted}
+        # Teachers see another batch size here than later: nothing is compiled for it. Nor is a random number of the
+        # training's drawn.
+        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            for samples in first_batches(self.train_dataset, self.args):
+                inputs = self._prepare_inputs(self.data_collator(samples))
+                for k, statistics in found.items():
+                    taught = self._teaching.ask(self.teachers[k], self._pixels(inputs), tuple(inputs["grid"]))
+                    statistics.add(taught.patches, taught.cls)
+        for k, standardise in unfitted:
+            standardise.fit(found[k])
+            if several():
+                share_buffers(standardise)
 
     def compute_loss(
         self,
@@ -189,58 +195,72 @@ class GKDDistillationTrainer(StreamTrainer):
         """Return the total loss of a micro batch; its terms are logged."""
         self._follow_query_warmup()
         self.note_bad_rows(inputs.get("bad_rows", []))
-        streamed = isinstance(self.train_dataset, SampleStream)
-        pixel_values = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
-        grid = tuple(inputs["grid"])
+        pixel_values, grid = self._pixels(inputs), tuple(inputs["grid"])
         taught = self.teach(pixel_values, grid)
+        patches, cls = tuple(each.patches for each in taught), tuple(each.cls for each in taught)
+        if not isinstance(self.objective, MultiTeacherObjective):
+            (patches,), (cls,) = patches, cls
         look = self._attention_is_logged()
         with self.autocast():
-            losses = model(
-                pixel_values, taught.patches, taught.cls, grid, inputs["mask_rows"], inputs["masks"], attention=look
-            )
+            losses = model(pixel_values, patches, cls, grid, inputs["mask_rows"], inputs["masks"], attention=look)
         if look:
-            self._attention = {name: losses.pop(name) for name in ATTENTION_STATISTICS}
-            self._chance = 1 / taught.patches.shape[1]
+            seen = [name for name in losses if name.rpartition("/")[2] in ATTENTION_STATISTICS]
+            self._attention = {name: losses.pop(name) for name in seen}
+            self._chance = 1 / (grid[0] * grid[1])
         self.watch(losses)
         return (losses["total"], losses) if return_outputs else losses["total"]
 
     # -- query warm-up and collapse ---------------------------------------------------------------------------------
 
+    def _query_objectives(self) -> dict[str, GKDObjective]:
+        """The objectives that have query branches, by the prefix of their parameters' names in the model."""
+        found = self.objective.named_modules(prefix="objective")
+        return {f"{name}.": module for name, module in found if isinstance(module, GKDObjective)}
+
     def _follow_query_warmup(self) -> None:
-        if not isinstance(self.objective, GKDObjective) or not self.args.query_warmup_steps:
+        if not self.args.query_warmup_steps:
             return
         step = self.state.global_step
-        if step < self.args.query_warmup_steps:
-            self.objective.set_query_enabled(False)
-        elif step == self.args.query_warmup_steps:
-            # Also after a restart at this very step; repeating it within the step's micro batches changes nothing.
-            self.objective.start_query_from_value()
-            if self.average is not None:
-                self.average.restart(("objective.patch.query.", "objective.feature.query."))
-        else:
-            self.objective.set_query_enabled(True)
+        for prefix, objective in self._query_objectives().items():
+            if step < self.args.query_warmup_steps:
+                objective.set_query_enabled(False)
+            elif step == self.args.query_warmup_steps:
+                # Also after a restart at this very step; repeating it within the step's micro batches changes nothing.
+                objective.start_query_from_value()
+                if self.average is not None:
+                    self.average.restart((f"{prefix}patch.query.", f"{prefix}feature.query."))
+            else:
+                objective.set_query_enabled(True)
 
     def _attention_is_logged(self) -> bool:
         """Whether this step's end logs, and there is attention to look at."""
-        if not isinstance(self.objective, GKDObjective) or not self.objective.feature.query_enabled:
+        if (self.state.global_step + 1) % max(1, int(self.state.logging_steps)):
             return False
-        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+        return any(objective.feature.query_enabled for objective in self._query_objectives().values())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add attention entropy, self weight and logit spread, and warn when the attention has collapsed."""
         attention = self.__dict__.pop("_attention", None)
         if attention is not None and "loss" in logs:
             logs.update({name: value.item() for name, value in attention.items()})
-            self._near_chance = self._near_chance + 1 if logs["self_weight"] < 2 * self._chance else 0
-            if self._near_chance == COLLAPSE_LOGS:
-                logger.warning(
-                    "QSD attention has collapsed: a token's weight on its own position is %.4f, chance is %.4f. The "
-                    "heads learn a codebook instead of the teacher's tokens. Set query_warmup_steps, or an "
-                    "attention_scale below 1.",
-                    logs["self_weight"],
-                    self._chance,
-                )
+            for name in attention:
+                if name.rpartition("/")[2] == "self_weight":
+                    self._look_for_collapse(name.rpartition("/")[0], logs[name])
         super().log(logs, start_time)
+
+    def _look_for_collapse(self, teacher: str, self_weight: float) -> None:
+        near = self._near_chance[teacher] = (
+            self._near_chance.get(teacher, 0) + 1 if self_weight < 2 * self._chance else 0
+        )
+        if near == COLLAPSE_LOGS:
+            logger.warning(
+                "QSD attention%s has collapsed: a token's weight on its own position is %.4f, chance is %.4f. The "
+                "heads learn a codebook instead of the teacher's tokens. Set query_warmup_steps, or an "
+                "attention_scale below 1.",
+                f" to {teacher}" if teacher else "",
+                self_weight,
+                self._chance,
+            )
 
     # -- for others ---------------------------------------------------------------------------------------------------
 
@@ -251,12 +271,19 @@ class GKDDistillationTrainer(StreamTrainer):
             write_encoder(Path(folder), model.student, facts, image_size)
 
     def card_settings(self) -> dict[str, Any]:
-        """Student, teacher and method in a recipe's keys."""
-        names = [model.config.name_or_path for model in (self.student.encoder, self.teacher.encoder)]
+        """Student, teachers and method in a recipe's keys."""
+        name = self.student.encoder.config.name_or_path
+        teachers = [
+            {"name": each.encoder.config.name_or_path, "geometry": each.geometry, "weight": each.weight}
+            for each in self.teachers
+            if each.encoder.config.name_or_path
+        ]
+        one = len(self.teachers) == 1
         return super().card_settings() | {
             "method": {"qsd": "gkd"}.get(self.args.objective, self.args.objective),
-            "student": {"encoder": names[0] or None, "pretrained": bool(names[0])},
-            "teacher": {"name": names[1], "geometry": self.teacher.geometry} if names[1] else None,
+            "student": {"encoder": name or None, "pretrained": bool(name)},
+            "teacher": {key: teachers[0][key] for key in ("name", "geometry")} if one and teachers else None,
+            **({} if one else {"teachers": teachers}),
         }
 
     def write_model(self, folder: str | os.PathLike, weights: dict[str, torch.Tensor]) -> None:
