@@ -88,14 +88,14 @@ def test_the_distiller_hands_over_which_patches_each_sample_lost() -> None:
         lambda module, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True
     )
     batch = {
-        "pixel_values": torch.randn(3, 3, 64, 64),
-        "teacher_patches": torch.randn(3, 64, 20),
-        "teacher_cls": torch.randn(3, 20),
+        "pixel_values": torch.randn(4, 3, 64, 64),
+        "teacher_patches": torch.randn(4, 64, 20),
+        "teacher_cls": torch.randn(4, 20),
         "grid": (8, 8),
     }
     masks = torch.zeros(2, 64, dtype=torch.bool)
     masks[0, 3] = masks[1, 5] = masks[1, 60] = True
-    assert model(**batch, mask_rows=torch.tensor([0, 2]), masks=masks)["patch"] > 0
-    assert seen[0].nonzero().tolist() == [[0, 3], [2, 5], [2, 60]]
+    assert model(**batch, mask_rows=torch.tensor([1, 3]), masks=masks)["patch"] > 0
+    assert seen[0].nonzero().tolist() == [[1, 3], [3, 5], [3, 60]]
     assert model(**batch, mask_rows=torch.zeros(0, dtype=torch.long), masks=masks[:0])["patch"] == 0
     assert seen[1] is None
