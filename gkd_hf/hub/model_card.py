@@ -42,7 +42,23 @@ STAGES = {
     "task": ("the source domain's images and labels", "the decode head; the student is frozen"),
 }
 # The configuration classes say what they are; people use these names.
-MODEL_TITLES = {"dinov2": "DINOv2", "vit": "ViT", "resnet": "ResNet", "convnext": "ConvNeXt", "swin": "Swin"}
+MODEL_TITLES = {
+    "convnext": "ConvNeXt",
+    "convnextv2": "ConvNeXt V2",
+    "dinov2": "DINOv2",
+    "dinov3_convnext": "DINOv3 ConvNeXt",
+    "efficientnet": "EfficientNet",
+    "mobilenet_v1": "MobileNetV1",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilevit": "MobileViT",
+    "pvt_v2": "PVT v2",
+    "resnet": "ResNet",
+    "segformer": "SegFormer MiT",
+    "swin": "Swin",
+    "swinv2": "Swin V2",
+    "timm_wrapper": "timm encoder",
+    "vit": "ViT",
+}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from tests.tiny import DPT, ENCODERS, MASK2FORMER, UPERNET
 
 HEADS = {"linear": {"type": "linear"}, "mask2former": MASK2FORMER, "upernet": UPERNET, "dpt": DPT}
 VITS = ("vit", "dinov2")
-# DPT needs the four maps of a ViT
-PAIRS = [(kind, head) for kind in sorted(ENCODERS) for head in sorted(HEADS) if head != "dpt" or kind in VITS]
+# Every encoder's maps go into a head, and into every head those of one encoder of each kind. DPT needs a ViT's four.
+EVERY_HEAD = (*VITS, "resnet", "mobilenet_v2", "convnext", "swin")
+PAIRS = [(kind, head) for kind in EVERY_HEAD for head in sorted(HEADS) if head != "dpt" or kind in VITS]
+PAIRS += [(kind, "linear") for kind in sorted(set(ENCODERS) - set(EVERY_HEAD))]
 
 
 def make_segmenter(kind: str, head: str, seed: int = 0) -> GKDStudentForSemanticSegmentation:

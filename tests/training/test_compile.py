@@ -54,7 +54,7 @@ def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.allclose(ours[name].float(), tensor.float(), rtol=1e-5, atol=1e-5), name
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "resnet", "mobilenet_v2", "convnext", "swin"])
 def test_student_and_heads_are_a_whole_graph(kind: str) -> None:
     """fullgraph raises at a break. Batch norms: losses, gradients and running statistics of two views are eager's."""
     pixels = torch.randn(4, 3, SIZE, SIZE)
