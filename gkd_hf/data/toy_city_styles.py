@@ -244,6 +244,10 @@ PRESETS: dict[str, Style] = {
     "rain": replace(_CLEAR_DAY, rain=(0.82, 1.0), clouds=(0.8, 1.0), sun=(0.0, 0.1)),
     "snow": replace(_CLEAR_DAY, snow=(0.85, 1.0), clouds=(0.6, 1.0), sun=(0.0, 0.3)),
     "other_city": replace(_CLEAR_DAY, palette=OTHER_CITY_PALETTE, geometry=OTHER_CITY_GEOMETRY, sun=(0.3, 0.8)),
+    # a worn monochrome camera: every one of its ranges lies outside the pool's
+    "other_camera": replace(
+        _CLEAR_DAY, saturation=(0.0, 0.12), contrast=(1.4, 1.6), gain=(0.45, 0.58), blur=(1.0, 1.3), noise=(0.07, 0.1)
+    ),
     "pool": Style(
         palette_jitter=(0.02, 0.12),
         palette_chaos=(0.0, 0.9),
