@@ -75,7 +75,7 @@ class GKDTeacher(nn.Module):
         self.encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)
         self.adapter = adapter_for(self.encoder.config)
         self._original = (self.encoder,)  # in a tuple, so that it is no sub-module
-        if geometry == "resample_patch_embed" and not self.adapter.fixed_grid:
+        if geometry == "resample_patch_embed" and self.adapter.kernel is None:
             raise InputError(
                 "teacher geometry resample_patch_embed needs patch kernels and positions to resample, "
                 f"{self.encoder.config.model_type} has none: use geometry native"
@@ -165,12 +165,13 @@ class GKDTeacher(nn.Module):
                 f"{image_size} is not a multiple of {grid[0]} (choose an image size that is, or geometry native)"
             )
         patch_size = image_size // grid[0]
-        if (self.encoder.config.image_size, self.adapter.stride) == (image_size, patch_size):
+        if self.adapter.fits(image_size, patch_size):
             return
         if self.sharded:
             raise InputError(
-                f"the teacher was sharded for images of {self.encoder.config.image_size} pixels and cannot be "
-                f"resampled to {image_size} any more: give images of one size, or set teacher_sharding to never"
+                f"the teacher was sharded for images of {self.adapter.image_size or 'any'} pixels in patches of "
+                f"{self.adapter.stride} and cannot be resampled to {image_size} any more: give images of one size, "
+                "or set teacher_sharding to never"
             )
         # Always from the original: what was resampled before has lost detail.
         original = self._original[0].to(self.image_mean.device)

@@ -149,7 +149,9 @@ def test_a_sharded_teacher_keeps_its_geometry(group_of_one: DeviceMesh) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     teacher.fit_geometry(32, (2, 2))
     teacher.shard(group_of_one)  # it is already
-    with pytest.raises(InputError, match="sharded for images of 32 pixels and cannot be resampled to 40"):
+    with pytest.raises(
+        InputError, match="sharded for images of 32 pixels in patches of 16 and cannot be resampled to 40"
+    ):
         teacher.fit_geometry(40, (2, 2))
     with pytest.raises(InputError, match="halve it before it is sharded"):
         teacher.halve()

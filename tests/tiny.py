@@ -88,6 +88,24 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "pvt_v2": {"model_type": "pvt_v2", **_PYRAMID},
 }
 
+_TRANSFORMER: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
+_TOWER: dict[str, Any] = _TRANSFORMER | {"intermediate_size": 48, "image_size": 32}
+
+# What would only cost time where every encoder goes through the same code of ours.
+MORE_ENCODERS: dict[str, dict[str, Any]] = {
+    "clip": {"model_type": "clip_vision_model"} | _TOWER,
+    "deit": {"model_type": "deit"} | _TOWER,
+    "dinov2_giant": {"model_type": "dinov2", "use_swiglu_ffn": True, "mlp_ratio": 2, "image_size": 32} | _TRANSFORMER,
+    "dinov2_registers": {"model_type": "dinov2_with_registers", "image_size": 32, "mlp_ratio": 2} | _TRANSFORMER,
+    "dinov3_vit": {"model_type": "dinov3_vit", "num_register_tokens": 2, "use_gated_mlp": True} | _TOWER,
+    "ijepa": {"model_type": "ijepa"} | _TOWER,
+    "radio": {"model_type": "radio", "max_img_size": 64, "num_registers": 2, "mlp_ratio": 2.0} | _TRANSFORMER,
+    "siglip": {"model_type": "siglip_vision_model"} | _TOWER,
+    "siglip2": {"model_type": "siglip2_vision_model", "num_patches": 16, "intermediate_size": 48} | _TRANSFORMER,
+}
+
+EVERY_ENCODER: dict[str, dict[str, Any]] = ENCODERS | MORE_ENCODERS
+
 MASK2FORMER: dict[str, Any] = {
     "type": "mask2former",
     "feature_size": 32,

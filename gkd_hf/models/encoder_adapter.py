@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +39,12 @@ class EncoderAdapter(ABC):
     Attributes:
         model_class: the transformers class that is trained and saved.
         native_mask: whether the model takes ``bool_masked_pos``; where it does not, the image is masked.
-        fixed_grid: whether positions are learned for a grid, so that geometry has to be resampled when it changes.
+        kernel: name of the tensor that turns patches into tokens, where it can be resampled to another patch size.
+        kernel_layout: "convolution" (C×3×P×P), "channels_first" (C×3PP) or "channels_last" (C×PP3).
+        positions: name of the positions learned for one image size, which are resampled when it changes.
+        position_prefix: number of positions before those of the patches.
+        antialias: whether positions are resampled with antialiasing.
+        normalises_pixels: whether the model itself subtracts a mean and divides by a deviation.
         whole_patches: whether an image has to cut into whole patches; plain convolutions take any size.
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
         layer_classes: classes of the layers that are cut over processes one by one, where transformers names none or
@@ -46,7 +53,12 @@ class EncoderAdapter(ABC):
 
     model_class: type[PreTrainedModel]
     native_mask = False
-    fixed_grid = False
+    kernel: str | None = None
+    kernel_layout = "convolution"
+    positions: str | None = None
+    position_prefix = 0
+    antialias = False
+    normalises_pixels = False
     whole_patches = False
     norm_epsilon: float | None = None
     layer_classes: tuple[str, ...] = ()
@@ -64,6 +76,16 @@ class EncoderAdapter(ABC):
     @abstractmethod
     def stride(self) -> int:
         """Pixels per patch token along one axis."""
+
+    @property
+    def fixed_grid(self) -> bool:
+        """Whether positions are learned for a grid, so that they have to be resampled when the image size changes."""
+        return self.positions is not None
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the square images that positions are learned for; None if they are for no one size."""
+        return self.config.image_size if self.fixed_grid else None
 
     @property
     def owns_grid(self) -> bool:
@@ -133,6 +155,53 @@ class EncoderAdapter(ABC):
     def plain_state(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Return the weights as ``AutoModel`` wants them, which builds ``model_class`` without ``constructor``."""
         return model.state_dict()
+
+    def fits(self, image_size: int, patch_size: int | None = None) -> bool:
+        """Whether the model is made for square images of that size, cut into patches of that size (None: its own)."""
+        return self.image_size in (None, image_size) and patch_size in (None, self.stride)
+
+    def in_geometry(self, image_size: int, patch_size: int | None = None) -> PreTrainedConfig:
+        """Return the configuration for square images and patches (None: as they are) of these sizes in pixels.
+
+        Raises:
+            InputError: the encoder cannot take images of that size, or its patch size cannot be changed.
+        """
+        if self.kernel is None and patch_size not in (None, self.stride):
+            raise InputError(f"{self.config.model_type} has no patch size to change (asked for {patch_size})")
+        config = copy.deepcopy(self.config)
+        if self.kernel is not None:
+            config.patch_size = patch_size or self.stride
+        if self.fixed_grid:
+            config.image_size = image_size
+        if self.whole_patches:
+            type(self)(config).check_image_size(image_size, image_size)
+        return config
+
+    def kernel_maps(self, kernel: torch.Tensor) -> torch.Tensor:
+        """Return a kernel of any layout as C×3×P×P."""
+        if self.kernel_layout == "convolution":
+            return kernel
+        side = self.kernel_side(kernel.shape)
+        if self.kernel_layout == "channels_first":
+            return kernel.unflatten(1, (-1, side, side))
+        return kernel.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+
+    def kernel_of(self, maps: torch.Tensor) -> torch.Tensor:
+        """Return C×3×P×P as a kernel of this encoder's layout."""
+        if self.kernel_layout == "convolution":
+            return maps
+        return (maps if self.kernel_layout == "channels_first" else maps.permute(0, 2, 3, 1)).flatten(1)
+
+    def kernel_side(self, shape: Sequence[int]) -> int:
+        """Return the patch size P of a kernel of that shape."""
+        return (
+            shape[-1] if self.kernel_layout == "convolution" else round((shape[1] / self.config.num_channels) ** 0.5)
+        )
+
+    def refuse_mask(self, bool_masked_pos: torch.Tensor | None) -> None:
+        """Raise `InputError` if there is a mask."""
+        if bool_masked_pos is not None:
+            raise InputError(f"{self.config.model_type} has no mask token: mask the image instead")
 
     def check_blocks(self, blocks: tuple[int, ...]) -> None:
         """Raise `InputError` if these blocks, counted from 1, are not all there."""

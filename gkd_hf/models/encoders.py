@@ -7,12 +7,12 @@ ResNet-50 is a ``ResNetModel``).
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
+from .contrastive_encoders import CLIPVisionAdapter, Siglip2VisionAdapter, SiglipVisionAdapter
 from .convolutional_encoders import (
     ConvNextAdapter,
     ConvNextV2Adapter,
@@ -26,7 +26,15 @@ from .convolutional_encoders import (
 from .encoder_adapter import EncoderAdapter, EncoderOutput
 from .errors import InputError, nearest
 from .pyramid_encoders import PvtV2Adapter, SegformerAdapter, SwinAdapter, Swinv2Adapter
-from .transformer_encoders import Dinov2Adapter, ViTAdapter
+from .transformer_encoders import (
+    DeiTAdapter,
+    Dinov2Adapter,
+    Dinov2WithRegistersAdapter,
+    DINOv3ViTAdapter,
+    IJepaAdapter,
+    RadioAdapter,
+    ViTAdapter,
+)
 
 __all__ = [
     "ADAPTERS",
@@ -39,17 +47,25 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, type[EncoderAdapter]] = {
+    "clip_vision_model": CLIPVisionAdapter,
     "convnext": ConvNextAdapter,
     "convnextv2": ConvNextV2Adapter,
+    "deit": DeiTAdapter,
     "dinov2": Dinov2Adapter,
+    "dinov2_with_registers": Dinov2WithRegistersAdapter,
     "dinov3_convnext": DINOv3ConvNextAdapter,
+    "dinov3_vit": DINOv3ViTAdapter,
     "efficientnet": EfficientNetAdapter,
+    "ijepa": IJepaAdapter,
     "mobilenet_v1": MobileNetV1Adapter,
     "mobilenet_v2": MobileNetV2Adapter,
     "mobilevit": MobileViTAdapter,
     "pvt_v2": PvtV2Adapter,
+    "radio": RadioAdapter,
     "resnet": ResNetAdapter,
     "segformer": SegformerAdapter,
+    "siglip2_vision_model": Siglip2VisionAdapter,
+    "siglip_vision_model": SiglipVisionAdapter,
     "swin": SwinAdapter,
     "swinv2": Swinv2Adapter,
     "vit": ViTAdapter,
@@ -65,6 +81,14 @@ def adapter_for(config: PreTrainedConfig) -> EncoderAdapter:
             f"(supported: {', '.join(sorted(ADAPTERS))})"
         )
     return ADAPTERS[kind](config)
+
+
+def vision_tower(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of a model's vision tower, if it is one of images and text, or the one given."""
+    if config.model_type in ADAPTERS or "vision_config" not in config.sub_configs:
+        return config
+    tower = config.vision_config
+    return tower if tower.model_type in ADAPTERS else config
 
 
 def mask_image(
@@ -93,42 +117,37 @@ def resample_geometry(encoder: PreTrainedModel, image_size: int, patch_size: int
     """Return ``encoder`` rebuilt for another image size or patch size.
 
     Patch kernels and position embeddings are resized bicubically (align_corners false), as the GKD recipes do between
-    their stages. Encoders without learned positions are returned as they are.
+    their stages. Positions that are learned for no one size (DINOv3, RADIO, SigLIP 2, CNNs) stay as they are.
 
     Raises:
         InputError: the encoder cannot take images of that size, or another patch size is asked of a CNN or Swin.
     """
     adapter = adapter_for(encoder.config)
-    if not adapter.fixed_grid:
-        if patch_size is not None and patch_size != adapter.stride:
-            raise InputError(f"{encoder.config.model_type} has no patch size to change (asked for {patch_size})")
-        if adapter.whole_patches:
-            adapter.check_image_size(image_size, image_size)
+    config = adapter.in_geometry(image_size, patch_size)
+    if adapter.fits(image_size, patch_size):
         return encoder
-    config = copy.deepcopy(encoder.config)
-    config.image_size, config.patch_size = image_size, patch_size or adapter.stride
     target = adapter_for(config)
-    target.check_image_size(image_size, image_size)
-    if (image_size, target.stride) == (encoder.config.image_size, adapter.stride):
-        return encoder
     state = encoder.state_dict()
-    kernel = state["embeddings.patch_embeddings.projection.weight"]
-    state["embeddings.patch_embeddings.projection.weight"] = _resize(kernel, target.stride)
-    positions = state["embeddings.position_embeddings"]
-    grid = round((positions.shape[1] - 1) ** 0.5)
-    patches = positions[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
-    patches = _resize(patches, image_size // target.stride).flatten(2).transpose(1, 2)
-    state["embeddings.position_embeddings"] = torch.cat([positions[:, :1], patches], dim=1)
-    with torch.device("meta"):
+    kernel = adapter.kernel_maps(state[adapter.kernel])
+    state[adapter.kernel] = target.kernel_of(_resize(kernel, target.stride))
+    if adapter.fixed_grid:
+        positions = state[adapter.positions]  # …×(prefix + g·g)×C
+        prefix, patches = positions.split((adapter.position_prefix, positions.shape[-2] - adapter.position_prefix), -2)
+        grid = round(patches.shape[-2] ** 0.5)
+        maps = patches.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+        maps = _resize(maps, image_size // target.stride, adapter.antialias)
+        patches = maps.flatten(2).transpose(1, 2).reshape(*positions.shape[:-2], -1, positions.shape[-1])
+        state[adapter.positions] = torch.cat([prefix, patches], dim=-2)
+    with no_init_weights():  # not on the meta device: buffers that are in no state have to be computed
         rebuilt = target.build()
     rebuilt.load_state_dict(state, assign=True)
     for parameter, old in zip(rebuilt.parameters(), encoder.parameters(), strict=True):
         parameter.requires_grad_(old.requires_grad)
-    return rebuilt.train(encoder.training)
+    return rebuilt.to(encoder.device).train(encoder.training)
 
 
-def _resize(maps: torch.Tensor, size: int) -> torch.Tensor:
+def _resize(maps: torch.Tensor, size: int, antialias: bool = False) -> torch.Tensor:
     if maps.shape[-1] == size:
         return maps
-    resized = F.interpolate(maps.float(), size=(size, size), mode="bicubic", align_corners=False)
+    resized = F.interpolate(maps.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=antialias)
     return resized.to(maps.dtype)

@@ -19,11 +19,14 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging as transformers_logging
 
-from .encoders import adapter_for
+from .encoder_adapter import EncoderAdapter
+from .encoders import adapter_for, vision_tower
 from .errors import InputError, nearest
 from .pull import CONFIGURATION, PICKLES, WEIGHTS, listed_files, pull
 
 MINIMUM_COVERAGE = 0.95  # of the encoder's tensors that a checkpoint must hold
+IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+PLAIN_MEAN, PLAIN_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of pixels that the model itself normalises
 
 
 def load_encoder(
@@ -41,18 +44,21 @@ def load_encoder(
 
     Raises:
         InputError: nothing at that place or no access to it, unknown architecture or one that brings its own code, no
-            weights in safetensors, or weights for less than 95 % of the tensors.
+            weights in safetensors, weights of another patch or image size than the configuration says, or for less
+            than 95 % of the tensors.
     """
     if isinstance(source, PreTrainedConfig | dict):
         config = source if isinstance(source, PreTrainedConfig) else config_from_mapping(source)
-        return adapter_for(config).build().float(), tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        adapter = adapter_for(config)
+        mean, std = (PLAIN_MEAN, PLAIN_STD) if adapter.normalises_pixels else (IMAGENET_MEAN, IMAGENET_STD)
+        return adapter.build().float(), mean, std
     source = os.fspath(source)
     folder = _folder_of(source, revision)
     config = read_config(folder, source)
     adapter = adapter_for(config)
     if adapter.norm_epsilon is not None:
         config.layer_norm_eps = adapter.norm_epsilon
-    mean, std = _image_statistics(folder, source)
+    mean, std = (PLAIN_MEAN, PLAIN_STD) if adapter.normalises_pixels else _image_statistics(folder, source)
     if not pretrained:
         return adapter.build().float(), mean, std
     if not os.path.isdir(source):
@@ -74,10 +80,12 @@ def load_encoder(
             raise InputError(f"cannot read safetensors weights of '{source}': {_first_line(error)}") from error
     # Not the folder in the cache: where it is on this machine means nothing elsewhere.
     encoder.name_or_path = encoder.config.name_or_path = source
+    _check_shapes(source, adapter, report)
     _check_coverage(source, encoder, report)
-    reference = adapter.build() if not adapter.native_mask else None
-    if reference is not None:
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()):
         # from_pretrained goes around build(); carry over what build() corrects and no configuration stores.
+        with torch.device("meta"):
+            reference = adapter.build()
         for module, corrected in zip(encoder.modules(), reference.modules(), strict=True):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = corrected.momentum
@@ -120,12 +128,14 @@ def _image_statistics(folder: Path, source: str) -> tuple[tuple[float, ...], tup
             raise InputError(f"cannot read '{source}/preprocessor_config.json': {_first_line(error)}") from error
     return tuple(
         _three_numbers(source, key, settings.get(key, default))
-        for key, default in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD))
+        for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
 
 
 def read_config(folder: Path, source: str) -> PreTrainedConfig:
     """Return the configuration in a folder; code that comes with it is neither run nor asked about.
+
+    Of a model of images and text (CLIP, SigLIP) it is the vision tower's.
 
     Args:
         folder: where the files are. source: what they are called in messages.
@@ -153,7 +163,7 @@ def read_config(folder: Path, source: str) -> PreTrainedConfig:
             "(code from elsewhere is not run: choose a repo whose architecture transformers itself has)"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return vision_tower(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # the strict configuration classes raise their own type
         raise InputError(f"cannot read the configuration of encoder '{source}': {_first_line(error)}") from error
 
@@ -194,11 +204,29 @@ def _check_format(source: str, folder: Path) -> None:
     )
 
 
+def _check_shapes(source: str, adapter: EncoderAdapter, report: dict[str, Any]) -> None:
+    """Refuse weights whose patches or positions are not those of the configuration: they would be left out."""
+    shapes = {name: tuple(shape) for name, shape, *_ in report["mismatched_keys"]}
+    if adapter.kernel in shapes and shapes[adapter.kernel][0] == adapter.width:
+        side = adapter.kernel_side(shapes[adapter.kernel])
+        raise InputError(
+            f"the weights of '{source}' have a patch size of {side}, its config.json says patch_size "
+            f"{adapter.stride}: set it to {side} there (a recipe's patch_size resamples the weights)"
+        )
+    if adapter.positions in shapes and shapes[adapter.positions][-1] == adapter.width:
+        side = round((shapes[adapter.positions][-2] - adapter.position_prefix) ** 0.5) * adapter.stride
+        raise InputError(
+            f"the weights of '{source}' have positions for images of {side}×{side} pixels, its config.json says "
+            f"image_size {adapter.image_size}: set it to {side} there (a recipe's image_size resamples the weights)"
+        )
+
+
 def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any]) -> None:
     # The mask token is new by design, and a batch counter is not knowledge.
     wanted = {k for k in encoder.state_dict() if not k.endswith(("mask_token", "num_batches_tracked"))}
     missing = {key for key in report["missing_keys"] if key in wanted}
-    missing |= {entry[0] for entry in report["mismatched_keys"] if entry[0] in wanted}
+    reshaped = {entry[0] for entry in report["mismatched_keys"] if entry[0] in wanted}
+    missing |= reshaped
     coverage = 1 - len(missing) / len(wanted)
     if coverage < MINIMUM_COVERAGE:
         examples = ", ".join(sorted(missing)[:3])
@@ -206,6 +234,10 @@ def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any
             f"the weights of '{source}' fill only {coverage:.0%} of the {len(wanted)} tensors of "
             f"{type(encoder).__name__} (missing or of another shape: {examples}, …); is the checkpoint of another "
             "architecture?"
+        )
+    if reshaped:
+        raise InputError(
+            f"weights of '{source}' have another shape than its config.json says: {', '.join(sorted(reshaped)[:3])}"
         )
 
 

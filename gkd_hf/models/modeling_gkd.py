@@ -122,7 +122,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
         student = cls(config)
         student._replace_encoder(encoder)
         if image_size is not None or patch_size is not None:
-            student.set_geometry(image_size or encoder.config.image_size, patch_size)
+            student.set_geometry(image_size or student.adapter.image_size or patch_size, patch_size)
         return student
 
     def train(self, mode: bool = True) -> GKDStudentModel:
