@@ -49,6 +49,7 @@ class EncoderAdapter(ABC):
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
         layer_classes: classes of the layers that are cut over processes one by one, where transformers names none or
             such small ones that they would travel singly.
+        extra: the package that transformers needs for this architecture, and the extra of this library that brings it.
     """
 
     model_class: type[PreTrainedModel]
@@ -63,6 +64,7 @@ class EncoderAdapter(ABC):
     norm_epsilon: float | None = None
     layer_classes: tuple[str, ...] = ()
     constructor: dict[str, bool] = {}
+    extra: str | None = None
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config

@@ -7,6 +7,8 @@ ResNet-50 is a ``ResNetModel``).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,6 +28,7 @@ from .convolutional_encoders import (
 from .encoder_adapter import EncoderAdapter, EncoderOutput
 from .errors import InputError, nearest
 from .pyramid_encoders import PvtV2Adapter, SegformerAdapter, SwinAdapter, Swinv2Adapter
+from .timm_encoders import TimmAdapter
 from .transformer_encoders import (
     DeiTAdapter,
     Dinov2Adapter,
@@ -68,19 +71,32 @@ ADAPTERS: dict[str, type[EncoderAdapter]] = {
     "siglip_vision_model": SiglipVisionAdapter,
     "swin": SwinAdapter,
     "swinv2": Swinv2Adapter,
+    "timm_wrapper": TimmAdapter,
     "vit": ViTAdapter,
 }
 
 
-def adapter_for(config: PreTrainedConfig) -> EncoderAdapter:
-    """Return the adapter of an encoder configuration; raise `InputError` naming what is supported."""
-    kind = config.model_type
+def adapter_class(kind: str) -> type[EncoderAdapter]:
+    """Return the adapter of a model type; raise `InputError` naming what is supported, or what has to be installed."""
     if kind not in ADAPTERS:
         raise InputError(
             f"encoders of type '{kind}' are not supported{nearest(kind, ADAPTERS)} "
             f"(supported: {', '.join(sorted(ADAPTERS))})"
         )
-    return ADAPTERS[kind](config)
+    check_installed(kind)
+    return ADAPTERS[kind]
+
+
+def check_installed(kind: str) -> None:
+    """Raise `InputError` if a model type needs a package that is not installed."""
+    extra = ADAPTERS[kind].extra if kind in ADAPTERS else None
+    if extra is not None and find_spec(extra) is None:
+        raise InputError(f"encoders of type {kind} need {extra}, which is not installed: pip install gkd_hf[{extra}]")
+
+
+def adapter_for(config: PreTrainedConfig) -> EncoderAdapter:
+    """Return the adapter of an encoder configuration; raise `InputError` as `adapter_class` does."""
+    return adapter_class(config.model_type)(config)
 
 
 def vision_tower(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -51,8 +51,7 @@ class HierarchicalAdapter(EncoderAdapter):
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, output_blocks: tuple[int, ...]
     ) -> None:
         """Raise `InputError` for a mask, for blocks, or for an image that would lose its edge."""
-        if bool_masked_pos is not None:
-            raise InputError(f"{self.config.model_type} has no mask token: mask the image instead")
+        self.refuse_mask(bool_masked_pos)
         self.check_blocks(output_blocks)
         if self.whole_patches:
             self.check_image_size(*pixel_values.shape[-2:])

@@ -20,7 +20,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import logging as transformers_logging
 
 from .encoder_adapter import EncoderAdapter
-from .encoders import adapter_for, vision_tower
+from .encoders import adapter_class, adapter_for, check_installed, vision_tower
 from .errors import InputError, nearest
 from .pull import CONFIGURATION, PICKLES, WEIGHTS, listed_files, pull
 
@@ -102,7 +102,7 @@ def config_from_mapping(fields: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
         raise InputError(f"unknown encoder model_type '{kind}': no such transformers model") from error
-    epsilon = adapter_for(config).norm_epsilon
+    epsilon = adapter_class(kind).norm_epsilon
     known = set(config.to_dict())
     for name in fields:
         if name not in known:
@@ -111,7 +111,7 @@ def config_from_mapping(fields: dict[str, Any]) -> PreTrainedConfig:
         defaults = {} if epsilon is None else {"layer_norm_eps": epsilon}
         return AutoConfig.for_model(kind, **(defaults | fields))
     except Exception as error:  # the strict configuration classes raise their own type
-        raise InputError(f"bad {kind} configuration: {_first_line(error)}") from error
+        raise InputError(f"bad {kind} configuration: {_one_line(error)}") from error
 
 
 def image_statistics(source: str, revision: str | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -126,6 +126,9 @@ def _image_statistics(folder: Path, source: str) -> tuple[tuple[float, ...], tup
             settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
         except OSError as error:
             raise InputError(f"cannot read '{source}/preprocessor_config.json': {_first_line(error)}") from error
+    elif (folder / "config.json").is_file():
+        trained = _read_fields(folder, source).get("pretrained_cfg") or {}  # where timm's repos have them
+        settings = {f"image_{key}": trained[key] for key in ("mean", "std") if key in trained}
     return tuple(
         _three_numbers(source, key, settings.get(key, default))
         for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
@@ -143,13 +146,9 @@ def read_config(folder: Path, source: str) -> PreTrainedConfig:
     Raises:
         InputError: no or unreadable config.json, an unknown model type, or one that needs its own code.
     """
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no encoder at '{source}': it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{source}/config.json': {_first_line(error)}") from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = _read_fields(folder, source)
+    # timm's repos name no type: transformers knows them by what they say of the weights.
+    kind = fields.get("model_type", "timm_wrapper" if "pretrained_cfg" in fields else None)
     if not isinstance(kind, str):
         raise InputError(f"cannot read '{source}/config.json': it names no model_type, as transformers' models do")
     if fields.get("auto_map"):
@@ -162,10 +161,22 @@ def read_config(folder: Path, source: str) -> PreTrainedConfig:
             f"'{source}' is of model_type '{kind}', which transformers does not have{nearest(kind, CONFIG_MAPPING)} "
             "(code from elsewhere is not run: choose a repo whose architecture transformers itself has)"
         )
+    check_installed(kind)
     try:
         return vision_tower(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # the strict configuration classes raise their own type
-        raise InputError(f"cannot read the configuration of encoder '{source}': {_first_line(error)}") from error
+        raise InputError(f"cannot read the configuration of encoder '{source}': {_one_line(error)}") from error
+
+
+def _read_fields(folder: Path, source: str) -> dict[str, Any]:
+    """Return what config.json says, nothing if that is no mapping."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no encoder at '{source}': it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{source}/config.json': {_first_line(error)}") from error
+    return fields if isinstance(fields, dict) else {}
 
 
 def _three_numbers(source: str, key: str, values: Any) -> tuple[float, ...]:
@@ -263,6 +274,11 @@ def _quiet_loading():
             logger.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    """All of a message, for those that name the field in the first line and the mistake in the next."""
+    return " ".join(str(error).split())[:300]
 
 
 def _first_line(error: BaseException) -> str:
