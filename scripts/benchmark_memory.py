@@ -87,7 +87,7 @@ def estimated(case: tuple, batches: tuple[int, ...], device: str) -> dict[tuple[
     student, other, size = config_from_mapping(case[0]), case[1], case[2]
     settings = {"on_gpu": device == "cuda", "precision": "bf16" if device == "cuda" else "fp32"}
     if isinstance(other, dict):
-        costs = DistillationStep(student, config_from_mapping(other), size, **settings).costs(batches)
+        costs = DistillationStep(student, [config_from_mapping(other)], size, **settings).costs(batches)
     else:
         costs = SegmentationStep(student, size, decode_head=other, classes=19, **settings).costs(batches)
     return {(cost.batch, again): cost.total() for again in (False, True) for cost in costs[again] or ()}

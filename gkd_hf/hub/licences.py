@@ -45,19 +45,22 @@ class Licence:
 
 
 def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
-    """Everything whose terms bind the student: the domains it was trained on, its teacher, its first weights."""
+    """Everything whose terms bind the student: the domains it was trained on, its teachers, its first weights."""
     found: dict[str, Terms] = {}
     for stage in (settings.get("stages") or {}).values():
         if stage is not None:
             found |= {name: data_terms(settings, name, "trained on") for name in domain_names(stage["data"])}
     terms = list(found.values()) or [Terms("trained on", "images", "unknown here: no recipe names them", "")]
-    teacher = settings.get("teacher")
-    if teacher:
-        terms.append(weight_terms(teacher["name"], "teacher"))
+    terms += [weight_terms(teacher["name"], "teacher") for teacher in teacher_settings(settings)]
     student = settings.get("student") or {}
     if student.get("pretrained") and isinstance(student.get("encoder"), str):
         terms.append(weight_terms(student["encoder"], "student's first weights"))
     return terms
+
+
+def teacher_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A recipe's entry of its teacher, or of each where it has several."""
+    return list(settings.get("teachers") or ([settings["teacher"]] if settings.get("teacher") else []))
 
 
 def data_terms(settings: Mapping[str, Any], name: str, role: str) -> Terms:

@@ -29,6 +29,7 @@ from gkd_hf.hub.licences import (
     ingredients,
     is_rendered,
     may_be_shown,
+    teacher_settings,
 )
 from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
@@ -230,7 +231,6 @@ class GKDModelCard:
             "kind": self._kind,
             "student": self._student(),
             "teacher": self._teacher(),
-            "geometry": (settings.get("teacher") or {}).get("geometry"),
             "source": task["data"] if task else None,
             "domains": ", ".join(self.report["targets"]) if self.report else ", ".join(settings.get("evaluate") or []),
             "parameters": f"{facts.parameters / 1e6:.2f} M" if facts else None,
@@ -239,7 +239,7 @@ class GKDModelCard:
             "by_class": self.by_class() if self.report else None,
             "baselines": [method_title(name) for name in (self.report["baselines"] if self.report else ())],
             "toy": bool(task) and any(is_rendered(settings, name) for name in domain_names(task["data"])),
-            "toy_teacher": (settings.get("teacher") or {}).get("name") == "toy",
+            "toy_teacher": any(teacher["name"] == "toy" for teacher in teacher_settings(settings)),
             "figure": "report.png" in self.files,
             "unshown": self._unshown(),
             "onnx": "onnx/model.onnx" in self.files,
@@ -279,11 +279,12 @@ class GKDModelCard:
         return name if student.get("pretrained") else f"the architecture of {name}, begun from random weights"
 
     def _teacher(self) -> str:
-        teacher = self.facts.settings.get("teacher") or {}
-        name = teacher.get("name")
-        if not name or name == "???":
-            return "a teacher of your choice" if self.facts.settings.get("teacher") else "a vision foundation model"
-        return "the toy ViT that ships with gkd_hf" if name == "toy" else _linked(name)
+        names = [teacher["name"] for teacher in teacher_settings(self.facts.settings)]
+        if not names:
+            return "a vision foundation model"
+        own = {"toy": "the toy ViT that ships with gkd_hf", "???": "a teacher of your choice"}
+        *first, last = [own.get(name) or _linked(name) for name in names]
+        return f"{', '.join(first)} and {last}" if first else last
 
     def rows_by_domain(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of mean IoU by domain, in percent: the source first, the mean of the unseen last."""

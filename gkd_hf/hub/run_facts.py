@@ -83,7 +83,8 @@ class RunFacts:
     Attributes:
         settings: the resolved recipe as plain values; {} where a trainer was used without one.
         command: what was typed. stages: by name, baselines included, in the order they ran.
-        commits: resolved Hub commits of `student`, `teacher` and `data.DOMAIN`, where known.
+        commits: resolved Hub commits of `student`, `teacher` (or `teachers[0]` …) and `data.DOMAIN`, where
+            known.
         versions: by package. encoder, segmenter: what was exported.
         readmes: SHA-256 of the cards as written last, so that one that was edited by hand is not written over.
     """

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.teacher import SHARDINGS
 
-TEACHER_SHARDINGS = ("auto", "always", "never")
 PUSH_REFUSED = (
     "push_to_hub=True would upload every checkpoint as it is, with pickles and optimiser state: leave it out and call "
     "trainer.push_to_hub() after trainer.train(), for the finished model and its card"
@@ -123,10 +123,8 @@ class GKDDistillationArguments(StageArguments):
         if self.objective not in OBJECTIVES:
             hint = nearest(self.objective, OBJECTIVES)
             raise InputError(f"unknown objective '{self.objective}'{hint} (there are: {', '.join(OBJECTIVES)})")
-        if self.teacher_sharding not in TEACHER_SHARDINGS:
-            raise InputError(
-                f"unknown teacher_sharding '{self.teacher_sharding}' (there are: {', '.join(TEACHER_SHARDINGS)})"
-            )
+        if self.teacher_sharding not in SHARDINGS:
+            raise InputError(f"unknown teacher_sharding '{self.teacher_sharding}' (there are: {', '.join(SHARDINGS)})")
         if not 0 <= self.mask_probability <= 1:
             raise InputError(f"mask_probability must lie in [0, 1], got {self.mask_probability}")
         if not 0 <= self.mask_ratio < 1:

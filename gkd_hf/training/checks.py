@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,15 +52,16 @@ def check_output_dir(folder: Path) -> None:
         raise InputError(f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another")
 
 
-def check_grids(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> None:
-    """Raise `InputError` if the teacher cannot give its tokens on the grid the losses are computed on."""
+def check_grids(student: GKDStudentModel, teachers: Sequence[GKDTeacher], image_size: int) -> None:
+    """Raise `InputError` if a teacher cannot give its tokens on the grid the losses are computed on."""
     stride = student.adapter.stride
     if image_size < 2 * stride:
         raise InputError(f"image_size {image_size} leaves the student a single token: {2 * stride} is the least")
-    grid = teacher.grid_for(image_size)
+    grid = teachers[0].grid_for(image_size)
     if student.adapter.owns_grid:
         grid = (image_size // student.adapter.stride,) * 2
-    teacher.fit_geometry(image_size, grid)
+    for teacher in teachers:
+        teacher.fit_geometry(image_size, grid)
 
 
 def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:

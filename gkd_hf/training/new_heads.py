@@ -22,12 +22,30 @@ def new_objective(
         own = {"attention_scale": args.attention_scale} if args.objective == "qsd" else {}
         return OBJECTIVES[args.objective](student.adapter.width, teacher.width, weights, **own)
 
-    standardised = _standardised(teachers)
-    if len(teachers) == 1 and not standardised[0] and teachers[0].weight == 1:
-        return make(teachers[0])
-    return MultiTeacherObjective(
-        [make(teacher) for teacher in teachers], _names(teachers), [each.weight for each in teachers], standardised
+    return joined_objective(
+        [make(teacher) for teacher in teachers],
+        [teacher.called for teacher in teachers],
+        [teacher.weight for teacher in teachers],
+        [teacher.standardise for teacher in teachers],
     )
+
+
+def joined_objective(
+    objectives: Sequence[MSEObjective],
+    called: Sequence[str],
+    weights: Sequence[float],
+    standardise: Sequence[bool | None],
+) -> MSEObjective | MultiTeacherObjective:
+    """Put the objectives of all teachers into one; that of a single teacher that is taken as it is stays itself.
+
+    Args:
+        objectives, called, weights: of each teacher. standardise: None for those of which nobody has said so.
+    """
+    standardised = _standardised(standardise)
+    if len(objectives) == 1 and not standardised[0] and weights[0] == 1:
+        return objectives[0]
+    names = short_names(called) if len(objectives) > 1 else [""]
+    return MultiTeacherObjective(objectives, names, weights, standardised)
 
 
 def check_objective(
@@ -48,7 +66,10 @@ def check_objective(
             )
     standardised = tuple(str(k) in objective.standardise if multiple else False for k in range(len(teachers)))
     weights = objective.weights if multiple else (1.0,)
-    asked = (_standardised(teachers), tuple(teacher.weight for teacher in teachers))
+    asked = (
+        _standardised([teacher.standardise for teacher in teachers]),
+        tuple(teacher.weight for teacher in teachers),
+    )
     if (standardised, weights) != asked:
         raise InputError(
             f"the heads go with standardised tokens {standardised} and weights {weights}, the teachers say {asked[0]} "
@@ -56,10 +77,6 @@ def check_objective(
         )
 
 
-def _standardised(teachers: Sequence[GKDTeacher]) -> tuple[bool, ...]:
+def _standardised(wanted: Sequence[bool | None]) -> tuple[bool, ...]:
     """Whose tokens are standardised: by default those of several teachers, and not the only one's, as in the paper."""
-    return tuple(len(teachers) > 1 if each.standardise is None else each.standardise for each in teachers)
-
-
-def _names(teachers: Sequence[GKDTeacher]) -> list[str]:
-    return short_names([teacher.called for teacher in teachers]) if len(teachers) > 1 else [""]
+    return tuple(len(wanted) > 1 if each is None else each for each in wanted)

@@ -9,7 +9,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.task_teacher import TaskTeacher
 from gkd_hf.teacher import GKDTeacher
-from gkd_hf.training.recipe import Recipe
+from gkd_hf.training.recipe import Recipe, TeacherRecipe
 from gkd_hf.training.recipe_data import TOY_TEACHER
 
 TEACHER_HEAD = "teacher_head"
@@ -59,13 +59,13 @@ def new_teacher(recipe: Recipe, head: Path | None = None) -> TaskTeacher:
     """The recipe's teacher for a one-stage method; ``head``: where the segmenter is in which its head was learnt."""
     segmenter = None if head is None else GKDStudentForSemanticSegmentation.from_pretrained(head)
     return TaskTeacher(
-        teacher_source(recipe), segmenter, geometry=recipe.teacher.geometry, revision=recipe.teacher.revision
+        teacher_source(recipe.teacher), segmenter, geometry=recipe.teacher.geometry, revision=recipe.teacher.revision
     )
 
 
-def teacher_source(recipe: Recipe) -> str:
-    """Hub id or folder of the recipe's teacher."""
-    return str(TOY_TEACHER) if recipe.teacher.name == "toy" else recipe.teacher.name
+def teacher_source(teacher: TeacherRecipe) -> str:
+    """Hub id or folder of a recipe's teacher."""
+    return str(TOY_TEACHER) if teacher.name == "toy" else teacher.name
 
 
 def teacher_as_student(recipe: Recipe, student: GKDStudentModel, image_size: int) -> tuple[GKDStudentModel, int]:
@@ -73,7 +73,7 @@ def teacher_as_student(recipe: Recipe, student: GKDStudentModel, image_size: int
 
     It sees them as it will when it teaches: as large as its own geometry wants them for the common grid.
     """
-    body = GKDStudentModel.from_encoder(teacher_source(recipe), revision=recipe.teacher.revision)
+    body = GKDStudentModel.from_encoder(teacher_source(recipe.teacher), revision=recipe.teacher.revision)
     with_geometry = new_teacher(recipe)
     grid = common_grid(student, with_geometry, image_size)
     if recipe.teacher.geometry == "native":

@@ -48,7 +48,7 @@ from gkd_hf.training.one_stage import (
 from gkd_hf.training.one_stage_trainer import GKDOneStageTrainer
 from gkd_hf.training.process_group import check_shared, join_process_group, wait_patiently
 from gkd_hf.training.progress import bars_are_seen, duration
-from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, WeightedTeacherRecipe
 from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.sharding import check_can_shard, under, whole_state_dict
@@ -143,13 +143,13 @@ class Pipeline:
     # -- before any training ------------------------------------------------------------------------------------------
 
     def check_models(self) -> None:
-        """Load student and teacher and bring them to the geometry of every stage.
+        """Load student and teachers and bring them to the geometry of every stage.
 
         Raises:
             InputError: unknown architecture, unreadable weights, image sizes or grids that do not fit; batch sizes
                 that the processes cannot share.
         """
-        student = teacher = None
+        student, teachers = None, []
         for name, stage in self.recipe.stages:
             device_batch(name, stage, self.state.num_processes)
             train_steps(self.data, name, stage)
@@ -158,15 +158,15 @@ class Pipeline:
                 student = student or new_student(self.recipe)
                 student.set_geometry(stage.image_size, stage.patch_size)
                 if isinstance(stage, DistillationRecipe):
-                    teacher = teacher or self._teacher()
-                    check_grids(student, teacher, stage.image_size)
+                    teachers = teachers or self._teachers()
+                    check_grids(student, teachers, stage.image_size)
                     trained = student
                 else:
                     for each in self._task_trainings():
                         self._stage_arguments(each, stage)
                     for method in self.recipe.one_stage:
-                        teacher = teacher or self._teacher()
-                        check_one_stage(self.recipe, method, student, teacher, stage.image_size)
+                        teachers = teachers or self._teachers()
+                        check_one_stage(self.recipe, method, student, teachers[0], stage.image_size)
                     trained = self._new_segmenter(student, stage)
                     trained.freeze_encoder(
                         not any(encoder_is_trained(self.recipe, each) for each in self._task_trainings())
@@ -195,7 +195,7 @@ class Pipeline:
             erase_probability=stage.erase_probability,
         )
         stream = self.data.stream(stage, transform, arguments.per_device_train_batch_size)
-        trainer = GKDDistillationTrainer(student, self._teacher(), arguments, stream, title=name)
+        trainer = GKDDistillationTrainer(student, self._teachers(), arguments, stream, title=name)
         if previous is not None and stage.carry_heads:
             trainer.objective.load_state_dict(load_file(previous.heads))
         self._train(trainer, folder)
@@ -298,10 +298,19 @@ class Pipeline:
         student.set_geometry(stage.image_size, stage.patch_size)
         return student
 
-    def _teacher(self) -> GKDTeacher:
-        # A fresh one for each stage: resampled kernels must come from the original ones.
-        teacher = self.recipe.teacher
-        return GKDTeacher(teacher_source(self.recipe), geometry=teacher.geometry, revision=teacher.revision)
+    def _teachers(self) -> list[GKDTeacher]:
+        # Fresh ones for each stage: resampled kernels must come from the original ones.
+        return [
+            GKDTeacher(
+                teacher_source(each),
+                geometry=each.geometry,
+                revision=each.revision,
+                standardise=each.standardise,
+                sharding=each.sharding,
+                weight=each.weight if isinstance(each, WeightedTeacherRecipe) else 1.0,
+            )
+            for each in self.recipe.all_teachers.values()
+        ]
 
     def _new_segmenter(self, student: GKDStudentModel, stage: TaskRecipe) -> GKDStudentForSemanticSegmentation:
         classes = self.data.label_space.classes

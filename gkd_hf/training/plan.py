@@ -24,7 +24,14 @@ from gkd_hf.models.loading import config_from_mapping, read_config
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
 from gkd_hf.training.one_stage import TEACHER_HEAD
-from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
+from gkd_hf.training.recipe import (
+    DistillationRecipe,
+    Recipe,
+    StageRecipe,
+    TaskRecipe,
+    WeightedTeacherRecipe,
+    recipe_domain,
+)
 from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_space, train_images
 from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained
 
@@ -97,21 +104,27 @@ def plan(recipe: Recipe) -> str:
         InputError: what is wrong can be told without network and data, for example an unknown architecture.
     """
     student = planned_encoder(recipe.student.encoder, recipe.student.pretrained)
-    teacher = planned_encoder(recipe.teacher.name, True) if recipe.teacher else None
+    teachers = planned_teachers(recipe)
     lines = [f"Plan of {recipe.output_dir} (method {recipe.method}, seed {recipe.seed})", ""]
     lines += _encoder_lines("student", student)
-    if teacher is not None:
-        lines += _encoder_lines("teacher (frozen)", teacher, f", geometry {recipe.teacher.geometry}")
+    for encoder, given in zip(teachers, recipe.all_teachers.values(), strict=True):
+        weight = f", weight {given.weight:g}" if isinstance(given, WeightedTeacherRecipe) else ""
+        lines += _encoder_lines("teacher (frozen)", encoder, f", geometry {given.geometry}{weight}")
     for name, stage in recipe.stages:
         try:
-            lines += ["", *_stage_lines(recipe, name, stage, student, teacher)]
+            lines += ["", *_stage_lines(recipe, name, stage, student, teachers)]
         except InputError as error:
             where = f"stages.{name}"
             raise InputError(str(error) if where in str(error) else f"{where}: {error}") from error
     lines += ["", *_evaluation_lines(recipe), "", *_data_lines(recipe), ""]
-    lines += _download_lines(recipe, student, teacher)
+    lines += _download_lines(recipe, [student, *teachers])
     lines += ["", *_output_lines(recipe)]
     return "\n".join(lines)
+
+
+def planned_teachers(recipe: Recipe) -> list[PlannedEncoder]:
+    """The recipe's teachers; see `planned_encoder`."""
+    return [planned_encoder(teacher.name, True) for teacher in recipe.all_teachers.values()]
 
 
 def planned_encoder(source: str | Mapping[str, Any], pretrained: bool) -> PlannedEncoder:
@@ -160,7 +173,7 @@ def _encoder_lines(role: str, encoder: PlannedEncoder, note: str = "") -> list[s
 
 
 def _stage_lines(
-    recipe: Recipe, name: str, stage: StageRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
+    recipe: Recipe, name: str, stage: StageRecipe, student: PlannedEncoder, teachers: list[PlannedEncoder]
 ) -> list[str]:
     images = train_images(recipe, stage, ask_hub=False)
     steps = stage.steps(images)
@@ -190,7 +203,8 @@ def _stage_lines(
             lines.append(
                 f"  query branches off for {stage.query_warmup_steps} steps, then copies of the value branches"
             )
-        lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teacher)}; frozen: the teacher")
+        frozen = "the teacher" if len(teachers) == 1 else "the teachers"
+        lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teachers)}; frozen: {frozen}")
     else:
         lines += _task_lines(recipe, stage, student)
     return lines
@@ -225,16 +239,17 @@ def _in_geometry(encoder: PlannedEncoder, stage: StageRecipe) -> PreTrainedConfi
 
 
 def _distillation_parameters(
-    recipe: Recipe, stage: DistillationRecipe, student: PlannedEncoder, teacher: PlannedEncoder | None
+    recipe: Recipe, stage: DistillationRecipe, student: PlannedEncoder, teachers: list[PlannedEncoder]
 ) -> str:
-    if student.config is None or teacher is None or teacher.config is None:
+    if any(encoder.config is None for encoder in (student, *teachers)):
         return "the student and its heads (sizes unknown without the Hub)"
     kind = OBJECTIVES[METHODS[recipe.method].objective]
     with torch.device("meta"):
         body = GKDStudentModel(GKDStudentConfig(encoder_config=_in_geometry(student, stage)))
         if stage.activation_checkpointing:
             body.check_activation_checkpointing()
-        heads = kind(adapter_for(student.config).width, adapter_for(teacher.config).width)
+        width = adapter_for(student.config).width
+        heads = nn.ModuleList(kind(width, adapter_for(teacher.config).width) for teacher in teachers)
     return f"student {millions(count(body))} + heads {millions(count(heads, trainable_only=True))}"
 
 
@@ -290,10 +305,10 @@ def _data_lines(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _download_lines(recipe: Recipe, student: PlannedEncoder, teacher: PlannedEncoder | None) -> list[str]:
+def _download_lines(recipe: Recipe, encoders: list[PlannedEncoder]) -> list[str]:
     wanted = []
-    for encoder in (student, teacher):
-        if encoder is not None and encoder.downloaded:
+    for encoder in encoders:
+        if encoder.downloaded:
             number = encoder.parameters
             size = "size unknown" if number is None else f"about {math.ceil(4 * number / 1e6)} MB"
             wanted.append(f"  {encoder.name}: {size}")

@@ -28,8 +28,12 @@ def stage_progress(title: str) -> TrainerCallback:
 
 def _figures(logs: dict[str, float]) -> dict[str, str]:
     """What decides whether to go on; every term stands in the trainer's log."""
-    names = {"loss": "loss", "self_weight": "self_weight", "learning_rate": "lr"}
-    return {short: f"{logs[name]:.3g}" for name, short in names.items() if name in logs}
+    found = {"loss": [logs["loss"]]} if "loss" in logs else {}
+    # Of several teachers all that are logged, in their order: self_weight=0.12/0.31.
+    own = [value for name, value in logs.items() if name.rpartition("/")[2] == "self_weight"]
+    found |= {"self_weight": own} if own else {}
+    found |= {"lr": [logs["learning_rate"]]} if "learning_rate" in logs else {}
+    return {name: "/".join(f"{value:.3g}" for value in values) for name, values in found.items()}
 
 
 class StageProgress(ProgressCallback):

@@ -43,6 +43,14 @@ class TeacherRecipe:
     geometry: str = "native"
     revision: str | None = None  # as the student's
     sharding: str = "auto"  # over the processes: always, never, or auto: from 500 million parameters on
+    standardise: bool | None = None  # its tokens, to mean 0 and deviation 1 per channel; None: if it is one of several
+
+
+@dataclass
+class WeightedTeacherRecipe(TeacherRecipe):
+    """One of several teachers."""
+
+    weight: float = 1.0  # of its losses
 
 
 @dataclass
@@ -221,6 +229,7 @@ class Recipe:
 
     student: StudentRecipe = field(default_factory=StudentRecipe)
     teacher: TeacherRecipe | None = None
+    teachers: list[WeightedTeacherRecipe] | None = None  # several, in place of teacher, for the label-free stages
     method: str = "gkd"
     stages: StagesRecipe = field(default_factory=StagesRecipe)
     evaluate: list[str] = field(default_factory=list)
@@ -235,6 +244,13 @@ class Recipe:
     output_dir: str = MISSING
     seed: int = 0
     timeout_minutes: float = 30  # how long processes wait for one that does not answer
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherRecipe]:
+        """The teacher, or the several that there are, by key: `teacher`, or `teachers[0]` and so on."""
+        if self.teachers is not None:
+            return {f"teachers[{number}]": each for number, each in enumerate(self.teachers)}
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     @property
     def needs_teacher_head(self) -> bool:

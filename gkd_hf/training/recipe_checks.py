@@ -17,8 +17,7 @@ from gkd_hf.errors import InputError, nearest
 from gkd_hf.hub.model_card import segmenter_repo
 from gkd_hf.methods import BASELINES, LABEL_FREE_METHODS, METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.configuration_gkd import DECODE_HEADS
-from gkd_hf.teacher import GEOMETRIES
-from gkd_hf.training.arguments import TEACHER_SHARDINGS
+from gkd_hf.teacher import GEOMETRIES, SHARDINGS, named_source
 from gkd_hf.training.recipe import (
     KD_TARGETS,
     MAX_SEED,
@@ -71,13 +70,10 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
     stages = dict(recipe.stages)
     if not stages:
         raise InputError(f"{origin}: no stage is given (task_agnostic, domain_agnostic, task)")
-    if recipe.teacher is not None:
-        one_of("teacher.geometry", recipe.teacher.geometry, GEOMETRIES)
-        one_of("teacher.sharding", recipe.teacher.sharding, TEACHER_SHARDINGS)
-    elif recipe.one_stage:
-        raise InputError(f"{origin}: {recipe.one_stage[0]} needs a teacher: add teacher.name")
-    elif recipe.method in LABEL_FREE_METHODS and any(recipe.stages.distillation()):
-        raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
+    for key, teacher in recipe.all_teachers.items():
+        one_of(f"{key}.geometry", teacher.geometry, GEOMETRIES)
+        one_of(f"{key}.sharding", teacher.sharding, SHARDINGS)
+    _check_teachers(recipe, origin)
     _check_one_stage(recipe, origin)
     if recipe.stages.task is None and (recipe.evaluate or recipe.baselines):
         raise InputError(f"{origin}: evaluate and baselines need stages.task: without it no segmenter is trained")
@@ -92,6 +88,33 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         raise InputError(
             f"{origin}: timeout_minutes is {recipe.timeout_minutes}: it must be between 0.1 and {MAX_TIMEOUT} (a week)"
         )
+
+
+def _check_teachers(recipe: Recipe, origin: str) -> None:
+    """One teacher or several, where one is needed; none of several twice."""
+    if recipe.teacher is not None and recipe.teachers is not None:
+        raise InputError(f"{origin}: teacher and teachers are both given: drop one of them (teacher=null, say)")
+    if recipe.teachers is not None:
+        if not recipe.teachers:
+            raise InputError(
+                f"{origin}: teachers is empty: list one or more, each with its name, or give teacher.name"
+            )
+        if recipe.one_stage:
+            raise InputError(f"{origin}: {recipe.one_stage[0]} learns from one teacher: give teacher, not teachers")
+    elif recipe.teacher is None and recipe.one_stage:
+        raise InputError(f"{origin}: {recipe.one_stage[0]} needs a teacher: add teacher.name")
+    elif recipe.teacher is None and recipe.method in LABEL_FREE_METHODS and any(recipe.stages.distillation()):
+        raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
+    found: dict[Any, str] = {}
+    for key, teacher in recipe.all_teachers.items():
+        source = named_source(teacher.name, teacher.revision)
+        if source in found:
+            raise InputError(
+                f"{origin}: {key} is '{teacher.name}', which {found[source]} is already: name each teacher once, and "
+                "give it a weight if it is to count for more"
+            )
+        found[source] = key
+        _check_numbers(key, teacher, origin)
 
 
 def _check_one_stage(recipe: Recipe, origin: str) -> None:
@@ -114,9 +137,9 @@ def _check_one_stage(recipe: Recipe, origin: str) -> None:
 
 def _check_hub(recipe: Recipe, origin: str) -> None:
     """What is published must have a name, and only what is on the Hub has revisions."""
-    student, teacher = recipe.student, recipe.teacher
+    student = recipe.student
     pinned = [("student.revision", student.encoder, student.revision)]
-    pinned += [("teacher.revision", teacher.name, teacher.revision)] if teacher is not None else []
+    pinned += [(f"{key}.revision", each.name, each.revision) for key, each in recipe.all_teachers.items()]
     for name, revision in recipe.data.revisions.items():
         if name not in recipe.data.roots:
             raise InputError(f"{origin}: data.revisions.{name} is given, but data.roots.{name} is not: add the Hub id")

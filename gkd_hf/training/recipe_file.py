@@ -29,6 +29,7 @@ from gkd_hf.training.recipe import (
     TeacherRecipe,
     ToyCityRecipe,
     ViTKDRecipe,
+    WeightedTeacherRecipe,
     canonical_name,
 )
 from gkd_hf.training.recipe_checks import check_recipe
@@ -40,6 +41,7 @@ _SECTIONS: dict[type, dict[str, type]] = {
     Recipe: {
         "student": StudentRecipe,
         "teacher": TeacherRecipe,
+        "teachers": WeightedTeacherRecipe,
         "stages": StagesRecipe,
         "kd": KDRecipe,
         "cwd": CWDRecipe,
@@ -151,8 +153,16 @@ def _no_unknown_keys(values: Any, section: type, where: str, origin: str) -> Non
             hint = nearest(key, known) or f"; known there: {', '.join(known)}"
             raise InputError(f"{origin}: unknown key '{full}'{hint}")
         inner = _SECTIONS.get(section, {}).get(key)
-        if inner is not None:
-            _no_unknown_keys(value, inner, f"{where}.{key}" if where else key, origin)
+        if inner is None:
+            continue
+        place = f"{where}.{key}" if where else key
+        if key != "teachers" or value is None:
+            _no_unknown_keys(value, inner, place, origin)
+            continue
+        if not isinstance(value, list):
+            raise InputError(f"{origin}: key teachers: a list is needed there, such as [{{name: a}}, {{name: b}}]")
+        for number, each in enumerate(value):
+            _no_unknown_keys(each, inner, f"{place}[{number}]", origin)
 
 
 def _no_missing_keys(merged: DictConfig, origin: str) -> None:

@@ -19,7 +19,7 @@ utilisation. Decoding, evaluation, communication and checkpoints are in that uti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +69,8 @@ class StageScale:
 
     Args:
         name: of the stage, or of the baseline that is trained in the task's place. stage: the recipe's.
-        costs: `Step.costs` of two batches, the smaller first. teacher_sharding: auto, always or never.
+        costs: `Step.costs` of two batches, the smaller first. teacher_sharding: auto, always or never; of each teacher
+            if it is several.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StageScale:
         name: str,
         stage: StageRecipe,
         costs: dict[bool, tuple[StepCost, ...] | None],
-        teacher_sharding: str = "auto",
+        teacher_sharding: str | Sequence[str] = "auto",
     ) -> None:
         self.name, self.stage = name, stage
         self.costs = costs
@@ -150,7 +151,7 @@ class StageScale:
 
     def _standing(self, cost: StepCost, layout: Layout, gradients: bool) -> dict[str, float]:
         """What is there all the time; gradients too, if they are sharded or accumulated."""
-        student, heads, teacher, n = cost.student, cost.heads, cost.teacher, layout.gpus
+        student, heads, n = cost.student, cost.heads, layout.gpus
         trained = student.trained + heads.trained
         share = n if layout.fsdp else 1
         states = cost.optimiser / max(1, trained)
@@ -169,18 +170,23 @@ class StageScale:
             parts["gathered layers"] = 4 * (layers + learning)
         elif n > 1:
             parts["gradient buckets"] = 4 * trained
-        if teacher.parameters:
-            parts["teacher's weights"] = teacher.bytes
-            if self.shards_teacher(n):
+        for teacher, shared in zip(cost.teachers, self.shards_teachers(n), strict=True):
+            own = teacher.bytes
+            if shared:
                 layers = teacher.outside + 2 * teacher.largest_layer
-                parts["teacher's weights"] = teacher.bytes / n + teacher.bytes / teacher.parameters * layers
+                own = teacher.bytes / n + teacher.bytes / teacher.parameters * layers
+            parts["teacher's weights"] = parts.get("teacher's weights", 0) + own
         parts["CUDA and NCCL"] = RESERVED
         return parts
 
-    def shards_teacher(self, gpus: int) -> bool:
-        """Whether the teacher is cut over the processes."""
-        large = self.costs[False][0].teacher.parameters >= LARGE
-        return gpus > 1 and (self.teacher_sharding == "always" or (self.teacher_sharding == "auto" and large))
+    def shards_teachers(self, gpus: int) -> list[bool]:
+        """Whether each teacher is cut over the processes."""
+        teachers, wanted = self.costs[False][0].teachers, self.teacher_sharding
+        shardings = [wanted] * len(teachers) if isinstance(wanted, str) else wanted[: len(teachers)]
+        return [
+            gpus > 1 and (sharding == "always" or (sharding == "auto" and teacher.parameters >= LARGE))
+            for teacher, sharding in zip(teachers, shardings, strict=True)
+        ]
 
     def ways_to_fit(self, gpus: int, memory: float) -> list[tuple[Layout, Footprint]]:
         """Layouts on so many GPUs that fit, the least change first: each of the three alone, then any together.
@@ -243,12 +249,12 @@ def rows(stage: StageRecipe, largest: int) -> list[int]:
     return [gpus for gpus in powers if stage.batch_size % (gpus * stage.gradient_accumulation_steps) == 0]
 
 
-def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, teacher: object | None) -> StageScale:
+def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, *teachers: object) -> StageScale:
     """Simulate a stage's steps.
 
     Args:
         name: of the stage, or of the baseline that is trained in the task's place: end to end.
-        student, teacher: `plan.PlannedEncoder`s whose configurations are known.
+        student, teachers: `plan.PlannedEncoder`s whose configurations are known.
 
     Raises:
         InputError: an image size or decode head that does not suit the student.
@@ -260,10 +266,11 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
     if distils:
         step = DistillationStep(
             student.config,
-            teacher.config,
+            [teacher.config for teacher in teachers],
             stage.image_size,
             method=recipe.method,
-            geometry=recipe.teacher.geometry,
+            geometries=[each.geometry for each in recipe.all_teachers.values()],
+            standardise=[each.standardise for each in recipe.all_teachers.values()],
             mask_probability=stage.mask_probability,
             mask_ratio=stage.mask_ratio,
             **settings,
@@ -282,4 +289,4 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
     costs = step.costs(batches)
     if not distils and frozen and recipe.baselines:
         costs[True] = None  # activation_checkpointing is for those then
-    return StageScale(name, stage, costs, recipe.teacher.sharding if recipe.teacher else "never")
+    return StageScale(name, stage, costs, [each.sharding for each in recipe.all_teachers.values()])

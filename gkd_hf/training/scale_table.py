@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gkd_hf.training.plan import PlannedEncoder, planned_encoder
+from gkd_hf.training.plan import PlannedEncoder, planned_encoder, planned_teachers
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
 from gkd_hf.training.recipe_data import train_images
 from gkd_hf.training.scale import (
@@ -28,7 +28,7 @@ def scale_report(recipe: Recipe, question: ScaleQuestion) -> str:
         InputError: what the plan itself finds wrong, for example an image size that does not suit the student.
     """
     student = planned_encoder(recipe.student.encoder, recipe.student.pretrained)
-    teacher = planned_encoder(recipe.teacher.name, True) if recipe.teacher else None
+    teachers = planned_teachers(recipe)
     reserved = RESERVED / GIGABYTE
     lines = [
         f"scale on GPUs of {question.memory:g} GB, {question.tflops:g} TFLOP/s, {question.utilisation:.0%} utilised",
@@ -38,7 +38,7 @@ def scale_report(recipe: Recipe, question: ScaleQuestion) -> str:
     ]
     for name, stage in recipe.stages:
         for each in (name, *(recipe.baselines if name == "task" else ())):
-            lines += ["", *_stage_lines(recipe, each, stage, student, teacher, question)]
+            lines += ["", *_stage_lines(recipe, each, stage, student, teachers, question)]
     return "\n".join(lines)
 
 
@@ -47,15 +47,15 @@ def _stage_lines(
     name: str,
     stage: StageRecipe,
     student: PlannedEncoder,
-    teacher: PlannedEncoder | None,
+    teachers: list[PlannedEncoder],
     question: ScaleQuestion,
 ) -> list[str]:
-    needed = [student, teacher] if isinstance(stage, DistillationRecipe) else [student]
-    unknown = [encoder.name for encoder in needed if encoder is not None and encoder.config is None]
+    needed = [student, *teachers] if isinstance(stage, DistillationRecipe) else [student]
+    unknown = [encoder.name for encoder in needed if encoder.config is None]
     if unknown:
         kind = "baseline" if name in recipe.baselines else "stage"
         return [f"scale of {kind} {name}: memory is unknown without the Hub, which knows {' and '.join(unknown)}"]
-    scale = stage_scale(recipe, name, stage, student, teacher)
+    scale = stage_scale(recipe, name, stage, student, *teachers)
     steps = stage.steps(train_images(recipe, stage, ask_hub=False))
     lines = [*_heading(scale, steps, recipe.baselines), *_table(scale, steps, question)]
     lines += _missing(scale) + _masking_nothing(scale)
@@ -88,9 +88,12 @@ def _heading(scale: StageScale, steps: int | None, baselines: list[str]) -> list
 
 
 def _teacher(scale: StageScale) -> str:
-    if not scale.costs[False][0].teacher.parameters:
+    shared = scale.shards_teachers(2)
+    if len(shared) > 1:
+        return f"; {len(shared)} teachers, {sum(shared)} of them sharded from 2 GPUs on"
+    if not shared:
         return ""
-    return "; teacher sharded from 2 GPUs on" if scale.shards_teacher(2) else "; teacher whole on every GPU"
+    return "; teacher sharded from 2 GPUs on" if shared[0] else "; teacher whole on every GPU"
 
 
 def _columns(layouts: list[Layout]) -> str:

@@ -82,7 +82,8 @@ def stage_arguments(
         return GKDDistillationArguments(
             learning_rate=stage.learning_rate,
             objective=METHODS[recipe.method].objective,
-            teacher_sharding=recipe.teacher.sharding,
+            # Several teachers each bring their own.
+            teacher_sharding=recipe.teacher.sharding if recipe.teacher is not None else "auto",
             **settings,
             **shared,
         )

@@ -28,7 +28,13 @@ FREE_SETTINGS = (
 )
 
 # Keys that came later. At this value they change nothing, and stages begun before them go on.
-LATER_SETTINGS = {"ema_decay": None, "label_fraction": 1.0, "label_seed": 0, "freeze_encoder": True}
+LATER_SETTINGS = {
+    "ema_decay": None,
+    "label_fraction": 1.0,
+    "label_seed": 0,
+    "freeze_encoder": True,
+    "standardise": None,
+}
 
 
 class StageFolder:

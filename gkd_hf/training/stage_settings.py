@@ -27,7 +27,7 @@ def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
         own = dataclasses.asdict(stage)
         settings = shared | {"stages": {name: own}, "data": _data_settings(recipe, data, stage)}
         if isinstance(stage, DistillationRecipe):
-            settings |= {"method": recipe.method, "teacher": dataclasses.asdict(recipe.teacher)}
+            settings |= {"method": recipe.method} | _teacher_settings(recipe)
         else:
             trained = {key: value for key, value in own.items() if not key.startswith("baseline_")}
             if recipe.needs_teacher_head:
@@ -46,6 +46,13 @@ def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
         # What follows hangs on all that went before: a stage run again makes the later ones out of date.
         before = f"{name}, settings {folders[name].digest}"
     return folders
+
+
+def _teacher_settings(recipe: Recipe) -> dict[str, Any]:
+    """The teacher's keys, or those of several teachers by their places."""
+    if recipe.teachers is None:
+        return {"teacher": dataclasses.asdict(recipe.teacher)}
+    return {"teachers": {str(number): dataclasses.asdict(each) for number, each in enumerate(recipe.teachers)}}
 
 
 def _method_settings(recipe: Recipe, method: str) -> dict[str, Any]:

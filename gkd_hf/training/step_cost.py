@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -32,12 +32,14 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.mask2former import modeling_mask2former
 
 from gkd_hf.distillation.distiller import GKDDistiller
+from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.methods import METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.live_memory import LiveMemory
+from gkd_hf.training.new_heads import joined_objective
 
 FLASH_WIDTH = 256  # widest head of CUDA's flash attention; wider ones take the memory-efficient kernel
 CLASSES_IN_AN_IMAGE = 12  # that a street scene's label map has, for Mask2Former's masks
@@ -82,7 +84,7 @@ class StepCost:
 
     Attributes:
         batch: its images. flops: of the step, in floating-point operations (a multiply-add is two).
-        student, heads, teacher: their weights. optimiser: bytes of its states.
+        student, heads: their weights. teachers: those of each. optimiser: bytes of its states.
         moments: phase → bytes of the parts in `MOVING` after each operation, moments×5.
     """
 
@@ -90,13 +92,14 @@ class StepCost:
     flops: int
     student: Weights
     heads: Weights
-    teacher: Weights
+    teachers: tuple[Weights, ...]
     optimiser: int
     moments: dict[str, np.ndarray]
 
     def total(self) -> int:
         """Bytes at the worst moment of a step after the first, on one process, nothing sharded."""
-        standing = self.student.bytes + self.heads.bytes + self.teacher.bytes + self.optimiser
+        standing = self.student.bytes + self.heads.bytes + self.optimiser
+        standing += sum(teacher.bytes for teacher in self.teachers)
         return standing + max(int(moments.sum(1).max()) for moments in self.moments.values())
 
 
@@ -125,12 +128,12 @@ class Step(ABC):
         self.on_gpu = on_gpu
 
     @abstractmethod
-    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]:
-        """Return the model that is trained, its student and its heads, and the teacher, if there is one."""
+    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.ModuleList | None]:
+        """Return the model that is trained, its student and its heads, and a list of teachers, if there are any."""
 
     @abstractmethod
-    def teach(self, teacher: nn.Module | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what the teacher says of the images, nothing without a teacher."""
+    def teach(self, teachers: nn.ModuleList | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what the teachers say of the images, nothing without any: tensors of one after those of another."""
 
     @abstractmethod
     def loss(self, model: nn.Module, pixels: torch.Tensor, taught: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -149,8 +152,8 @@ class Step(ABC):
             with torch.device("meta"):
                 modules = self.build()
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            model, _, _, teacher = modules
-            for module in (model, teacher):
+            model, _, _, teachers = modules
+            for module in (model, teachers):
                 if module is not None:
                     module.to_empty(device="cpu")
             model.train()
@@ -160,7 +163,7 @@ class Step(ABC):
             # DINOv3 keeps its coordinates for later calls, which have to find values.
             uncached = modeling_dinov3_vit.get_patches_center_coordinates.__wrapped__
             stack.enter_context(mock.patch.object(modeling_dinov3_vit, "get_patches_center_coordinates", uncached))
-            lessons = [self._lesson(teacher, batch) for batch in batches]
+            lessons = [self._lesson(teachers, batch) for batch in batches]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser = torch.optim.AdamW(trained, fused=True)
             for parameter in trained:
@@ -177,20 +180,20 @@ class Step(ABC):
                 return {False: plain, True: None}
             return {False: plain, True: tuple(self._cost(modules, optimiser, lesson) for lesson in lessons)}
 
-    def _lesson(self, teacher: nn.Module | None, batch: int) -> _Lesson:
-        """Run the teacher, whose forward does not depend on how the student learns."""
+    def _lesson(self, teachers: nn.ModuleList | None, batch: int) -> _Lesson:
+        """Run the teachers, whose forward does not depend on how the student learns."""
         with LiveMemory(MOVING) as memory:
             # Loaders bring bytes, which are normalised on the device.
             pixels = torch.zeros(batch, 3, self.image_size, self.image_size, dtype=torch.uint8).float()
-            if teacher is None:
+            if teachers is None:
                 return _Lesson(batch, pixels, (), {}, 0)
-            memory.claim((*teacher.parameters(), *teacher.buffers()), "teacher")
+            memory.claim((*teachers.parameters(), *teachers.buffers()), "teacher")
             with memory.phase("teacher", "teacher's work"):
-                taught = self.teach(teacher, pixels)
+                taught = self.teach(teachers, pixels)
             return _Lesson(batch, pixels, taught, memory.history, memory.flops)
 
     def _cost(self, modules: tuple[nn.Module, ...], optimiser: torch.optim.Optimizer, lesson: _Lesson) -> StepCost:
-        model, student, heads, teacher = modules
+        model, student, heads, teachers = modules
         optimiser.zero_grad(set_to_none=True)
         hooks = []
         with LiveMemory(MOVING) as memory:
@@ -218,7 +221,7 @@ class Step(ABC):
             lesson.flops + memory.flops,
             Weights.of(student, layers),
             Weights.of(heads, layers),
-            Weights() if teacher is None else Weights.of(teacher, teacher.adapter.sharded_layers(teacher.encoder)),
+            tuple(Weights.of(each, each.adapter.sharded_layers(each.encoder)) for each in teachers or ()),
             sum(state.untyped_storage().nbytes() for state in states),
             {phase: np.array(moments) for phase, moments in (lesson.history | memory.history).items()},
         )
@@ -231,8 +234,8 @@ class DistillationStep(Step):
     """The step of a distillation stage.
 
     Args:
-        student, teacher: their configurations. patch_size: of the student; None keeps its own.
-        method: one with label-free stages. geometry: of the teacher.
+        student: its configuration. teachers: those of its teachers. patch_size: of the student; None keeps its own.
+        method: one with label-free stages. geometries, standardise: of each teacher; None for what is usual.
         mask_probability, mask_ratio: part of the images seen a second time, part of their patches hidden.
         settings: those of `Step`.
     """
@@ -240,44 +243,60 @@ class DistillationStep(Step):
     def __init__(
         self,
         student: PreTrainedConfig,
-        teacher: PreTrainedConfig,
+        teachers: Sequence[PreTrainedConfig],
         image_size: int,
         *,
         patch_size: int | None = None,
         method: str = "gkd",
-        geometry: str = "native",
+        geometries: Sequence[str] | None = None,
+        standardise: Sequence[bool | None] | None = None,
         mask_probability: float = 0.5,
         mask_ratio: float = 0.5,
         **settings: Any,
     ) -> None:
         super().__init__(image_size, **settings)
-        self.student, self.teacher, self.patch_size = student, teacher, patch_size
-        self.method, self.geometry = method, geometry
+        self.student, self.teachers, self.patch_size = student, tuple(teachers), patch_size
+        self.method = method
+        self.geometries = geometries or ["native"] * len(teachers)
+        self.standardise = standardise or [None] * len(teachers)
         self.mask_probability = mask_probability if mask_ratio > 0 else 0.0
 
-    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]:
+    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.ModuleList | None]:
         student = GKDStudentModel(GKDStudentConfig(encoder_config=copy.deepcopy(self.student)))
         student.set_geometry(self.image_size, self.patch_size)
-        teacher = GKDTeacher(copy.deepcopy(self.teacher), geometry=self.geometry)
-        owner = student.adapter if student.adapter.owns_grid else teacher.adapter
+        given = zip(copy.deepcopy(self.teachers), self.geometries, strict=True)
+        teachers = nn.ModuleList(GKDTeacher(config, geometry=geometry) for config, geometry in given)
+        owner = student.adapter if student.adapter.owns_grid else teachers[0].adapter
         self.grid = (max(1, round(self.image_size / owner.stride)),) * 2
-        teacher.fit_geometry(self.image_size, self.grid)
-        if self.bf16:
-            teacher.halve()
-        objective = OBJECTIVES[METHODS[self.method].objective](student.adapter.width, teacher.width)
-        return GKDDistiller(student, objective), student, objective, teacher
+        for teacher in teachers:
+            teacher.fit_geometry(self.image_size, self.grid)
+            if self.bf16:
+                teacher.halve()
+        heads = OBJECTIVES[METHODS[self.method].objective]
+        objective = joined_objective(
+            [heads(student.adapter.width, teacher.width) for teacher in teachers],
+            [teacher.called for teacher in teachers],
+            [1.0] * len(teachers),
+            self.standardise,
+        )
+        return GKDDistiller(student, objective), student, objective, teachers
 
-    def teach(self, teacher: nn.Module | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        mean = torch.zeros(1, 3, 1, 1)
+    def teach(self, teachers: nn.ModuleList | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mean, taught = torch.zeros(1, 3, 1, 1), []
         with self._autocast():
-            taught = teacher(pixels, self.grid, mean, mean + 1)
-        return taught.patches, taught.cls
+            for teacher in teachers:
+                tokens = teacher(pixels, self.grid, mean, mean + 1)
+                taught += [tokens.patches, tokens.cls]
+        return tuple(taught)
 
     def loss(self, model: nn.Module, pixels: torch.Tensor, taught: tuple[torch.Tensor, ...]) -> torch.Tensor:
         masked = masked_images(self.mask_probability, len(pixels))
         masks = torch.zeros(masked, self.grid[0] * self.grid[1], dtype=torch.bool)
+        patches, cls = taught[::2], taught[1::2]
+        if not isinstance(model.objective, MultiTeacherObjective):
+            (patches,), (cls,) = patches, cls
         with self._autocast():
-            return model(pixels, *taught, self.grid, torch.arange(masked), masks)["total"]
+            return model(pixels, patches, cls, self.grid, torch.arange(masked), masks)["total"]
 
 
 def masked_images(probability: float, images: int) -> int:
@@ -313,7 +332,7 @@ class SegmentationStep(Step):
         self.student, self.patch_size, self.frozen = student, patch_size, frozen
         self.head = {"decode_head": decode_head, "num_labels": classes, "norm_feature_maps": norm_feature_maps}
 
-    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]:
+    def build(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.ModuleList | None]:
         student = GKDStudentModel(GKDStudentConfig(encoder_config=copy.deepcopy(self.student)))
         student.set_geometry(self.image_size, self.patch_size)
         model = GKDStudentForSemanticSegmentation.from_student(student, **self.head)
@@ -321,7 +340,7 @@ class SegmentationStep(Step):
         norms = [] if model.map_norms is None else list(model.map_norms)
         return model, student, nn.ModuleList([model.decode_head, *norms]), None
 
-    def teach(self, teacher: nn.Module | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def teach(self, teachers: nn.ModuleList | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ()
 
     def loss(self, model: nn.Module, pixels: torch.Tensor, taught: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -34,8 +34,8 @@ VIT = ENCODERS["vit"] | {"num_hidden_layers": LAYERS}
 STUDENT, TEACHER = (config_from_mapping(each | {"num_hidden_layers": LAYERS}) for each in (VIT, ENCODERS["dinov2"]))
 AS_HERE: dict[str, Any] = {"precision": "fp32", "on_gpu": False}
 STEPS: dict[str, Step] = {
-    "vit": DistillationStep(STUDENT, TEACHER, 64, **AS_HERE),
-    "resnet": DistillationStep(config_from_mapping(ENCODERS["resnet"]), TEACHER, 64, **AS_HERE),
+    "vit": DistillationStep(STUDENT, [TEACHER], 64, **AS_HERE),
+    "resnet": DistillationStep(config_from_mapping(ENCODERS["resnet"]), [TEACHER], 64, **AS_HERE),
     "mask2former": SegmentationStep(
         STUDENT, 32, decode_head=MASK2FORMER | {"decoder_layers": 2}, classes=12, **AS_HERE
     ),
@@ -80,7 +80,7 @@ def test_estimate_is_what_a_real_step_takes(name: str) -> None:
 
 @cache
 def costs(batches: tuple[int, ...], precision: str) -> dict[bool, tuple[StepCost, ...] | None]:
-    return DistillationStep(STUDENT, TEACHER, 64, precision=precision).costs(batches)
+    return DistillationStep(STUDENT, [TEACHER], 64, precision=precision).costs(batches)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_weights_are_counted_in_their_precision(precision: str, teacher_bytes: i
     assert cost.student.bytes == 4 * parameters
     assert cost.heads.bytes == 4 * sum(p.numel() for p in heads.parameters())
     statistics = 2 * 3 * 4  # image mean and standard deviation stay in fp32
-    assert cost.teacher.bytes == teacher_bytes * sum(p.numel() for p in teacher.parameters()) + statistics
+    assert cost.teachers[0].bytes == teacher_bytes * sum(p.numel() for p in teacher.parameters()) + statistics
     assert cost.optimiser == sum(8 * p.numel() + 4 for p in trained)  # two moments, and the step
     gradients = cost.moments["optimiser"][:, 3:].max(0)
     assert gradients.sum() == 4 * sum(p.numel() for p in trained)
@@ -168,7 +168,7 @@ def test_every_moment_is_affine_in_the_batch() -> None:
 def test_a_gpu_never_holds_an_attention_matrix() -> None:
     width, tokens, heads = 24, 64 * 64 + 1, 2
     config = config_from_mapping(VIT | {"image_size": 512})
-    cost = DistillationStep(config, config, 512).costs((2,))[False][0]
+    cost = DistillationStep(config, [config], 512).costs((2,))[False][0]
     assert cost.total() < 2 * heads * tokens**2 * 2  # one block's matrices of two images in bf16
     assert cost.total() > 2 * tokens * width * 2
 
@@ -206,11 +206,11 @@ def test_fsdp_divides_weights_gradients_and_optimiser() -> None:
         assert cost.student.largest_layer == largest
         gathered = cost.student.outside + 2 * largest + cost.heads.parameters
         assert parts["gathered layers"] == 4 * 2 * gathered
-        layers = cost.teacher.outside + 2 * cost.teacher.largest_layer
-        assert parts["teacher's weights"] == pytest.approx(cost.teacher.bytes / gpus + 2 * layers, rel=0.01)
+        layers = cost.teachers[0].outside + 2 * cost.teachers[0].largest_layer
+        assert parts["teacher's weights"] == pytest.approx(cost.teachers[0].bytes / gpus + 2 * layers, rel=0.01)
         assert "gradient buckets" not in parts
-    assert scale(*BATCH, sharding="never").footprint(Layout(8)).parts["teacher's weights"] == cost.teacher.bytes
-    assert not scale(*BATCH).shards_teacher(8)  # small
+    assert scale(*BATCH, sharding="never").footprint(Layout(8)).parts["teacher's weights"] == cost.teachers[0].bytes
+    assert scale(*BATCH).shards_teachers(8) == [False]  # small
 
 
 def test_fsdp_keeps_whole_gradients_between_micro_batches() -> None:
