@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -191,8 +192,8 @@ def _accepted(model: nn.Module, sizes: tuple[Any, ...]) -> Any:
 @lru_cache(maxsize=64)
 def _anatomy(architecture: str, arguments: str) -> Anatomy:
     """Find out what a timm model looks like; raise `InputError` if it does not fit."""
-    import timm  # the extra is optional, and this is the first place that needs it
-
+    # No import statement: transformers would ask for timm wherever this file travels with a model.
+    timm = import_module("timm")
     settings: dict[str, Any] = json.loads(arguments)
     try:
         with torch.device("meta"):

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
+from transformers.dynamic_module_utils import get_imports
 
 from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
+from gkd_hf.models import timm_encoders
 from gkd_hf.models.loading import load_encoder
 
 needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
@@ -50,6 +52,11 @@ def student_of(architecture: str, **arguments: Any) -> GKDStudentModel:
 
 def images(student: GKDStudentModel, height: int = 4, width: int = 4) -> torch.Tensor:
     return torch.randn(2, 3, height * student.adapter.stride, width * student.adapter.stride)
+
+
+def test_a_model_that_travels_does_not_ask_for_timm() -> None:
+    asked = {name for path in Path(timm_encoders.__file__).parent.glob("*.py") for name in get_imports(path)}
+    assert "torch" in asked and "timm" not in asked
 
 
 @without_timm
