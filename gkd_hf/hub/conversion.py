@@ -234,6 +234,8 @@ _DPT_LAYER = (
 
 
 def _dpt(segmenter: GKDStudentForSemanticSegmentation, kind: str, image_size: int) -> tuple[PreTrainedModel, State]:
+    if kind not in ("vit", "dinov2"):
+        raise NotNativeError(f"transformers' DPT has the blocks of ViT and DINOv2, not those of {kind}")
     if segmenter.config.norm_feature_maps:
         raise NotNativeError("transformers' DPT does not pass the stage maps through the final norm")
     layers = _map_layers(segmenter)

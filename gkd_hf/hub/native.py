@@ -102,6 +102,8 @@ def export_segmenter(
     linear         code                            code                      code
     ============== =============================== ========================= ==============================
 
+    Segmenters on any other encoder are written with this library's code.
+
     Native classes expect sides that are multiples of the encoder's stride, which the preprocessor sees to; the
     segmenter itself pads others.
 

@@ -36,6 +36,8 @@ from gkd_hf.training.recipe_data import TOY_TEACHER, is_rendered, task_label_spa
 from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained
 
 _DINOV2 = {"model_type": "dinov2", "image_size": 518, "patch_size": 14}
+_REGISTERS = _DINOV2 | {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+_DINOV3 = {"model_type": "dinov3_vit", "num_register_tokens": 4}
 _DEIT = {"model_type": "vit", "image_size": 224, "patch_size": 16}
 _SWIN = {"model_type": "swin"}
 _SWIN_BASE = {"embed_dim": 128, "num_heads": [4, 8, 16, 32]}
@@ -67,6 +69,12 @@ KNOWN_ENCODERS: dict[str, dict[str, Any]] = {
     "facebook/dinov2-base": _DINOV2 | _dinov2(768, 12, 12),
     "facebook/dinov2-large": _DINOV2 | _dinov2(1024, 24, 16),
     "facebook/dinov2-giant": _DINOV2 | _dinov2(1536, 40, 24) | {"use_swiglu_ffn": True},
+    "facebook/dinov2-with-registers-small": _REGISTERS | _dinov2(384, 12, 6),
+    "facebook/dinov2-with-registers-base": _REGISTERS | _dinov2(768, 12, 12),
+    "facebook/dinov2-with-registers-large": _REGISTERS | _dinov2(1024, 24, 16),
+    "facebook/dinov3-vits16-pretrain-lvd1689m": _DINOV3 | _vit(384, 12, 6),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": _DINOV3 | _vit(768, 12, 12),
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": _DINOV3 | _vit(1024, 24, 16),
     "facebook/deit-tiny-patch16-224": _DEIT | _vit(192, 12, 3),
     "facebook/deit-small-patch16-224": _DEIT | _vit(384, 12, 6),
     "facebook/deit-base-patch16-224": _DEIT | _vit(768, 12, 12),

@@ -20,7 +20,7 @@ from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputErro
 from gkd_hf.hub import conversion, native
 from gkd_hf.hub.native import Exported, class_logits, export_encoder, export_segmenter, load_segmenter
 from gkd_hf.models.transformer_encoders import ViTAdapter
-from tests.tiny import DPT, ENCODERS, MASK2FORMER, UPERNET
+from tests.tiny import DPT, ENCODERS, EVERY_ENCODER, MASK2FORMER, UPERNET
 
 SIZE = 64
 CLASSES = ("road", "car", "tree", "sky", "wall")
@@ -39,7 +39,7 @@ ARCHITECTURES = {kind: ONE_GRID if kind in ("vit", "dinov2") else STAGES for kin
 def make_segmenter(kind: str, head: str, **settings: object) -> GKDStudentForSemanticSegmentation:
     """A segmenter whose every weight and statistic is far from where it started."""
     torch.manual_seed(0)
-    student = GKDStudentModel.from_encoder(KINDS[kind] | settings if kind in KINDS else ENCODERS[kind])
+    student = GKDStudentModel.from_encoder(KINDS[kind] | settings if kind in KINDS else EVERY_ENCODER[kind])
     segmenter = GKDStudentForSemanticSegmentation.from_student(
         student, num_labels=len(CLASSES), id2label=dict(enumerate(CLASSES)), decode_head=HEADS[head]
     )
@@ -217,6 +217,7 @@ def test_a_wrong_encoder_is_refused(tmp_path: Path, monkeypatch) -> None:
         ("vit", "upernet", {"intermediate_size": 40}, SIZE, "whole multiple of its width, this ViT's is 40 for 24"),
         ("dinov2", "upernet", {"num_hidden_layers": 3}, SIZE, r"reads blocks \[1, 2, 2, 3\]"),
         ("dinov2", "dpt", {"use_swiglu_ffn": True}, SIZE, "no SwiGLU"),
+        ("clip", "dpt", {}, SIZE, "not those of clip_vision_model"),
         ("swin", "upernet", {"window_size": 4}, SIZE, "maps of 4×4, no larger than its window of 4"),
         ("resnet", "upernet", {}, 72, "72 is not a multiple of the encoder's stride 16"),
     ],

@@ -40,6 +40,8 @@ from tests.tiny import ENCODERS, EVERY_ENCODER, MORE_ENCODERS
             "no configuration field 'hidden_size', did you mean 'hidden_sizes'",
         ),
         ({"model_type": "resnet", "layer_type": "wide"}, "bad resnet configuration"),
+        ({"model_type": "radio", "mlp_ratio": 2}, "bad radio .*'mlp_ratio': TypeError: .* expected float, got int"),
+        ({"model_type": "radio", "video_temporal_patch_size": 2}, "radio with video_temporal_patch_size is not supp"),
         ({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8]}, "as many depths as hidden_sizes"),
         (
             {"model_type": "convnext", "depths": [1, 1], "hidden_sizes": [8, 8]},
