@@ -90,14 +90,14 @@ class Cell:
         has_task = self.recipe.stages.task is not None
         try:
             found = json.loads((self.folder / ("report.json" if has_task else "card.json")).read_text("utf-8"))
+            wanted = _of_the_result(self.recipe)
+            same = {key: found["settings"].get(key) for key in wanted} == wanted
             # Read as a recipe, settings of an older report have the keys that came later, at their defaults.
-            stored = load_recipe(found["settings"]).as_dict()
+            if not same and _of_the_result(load_recipe(found["settings"])) != wanted:
+                return None
         except (OSError, ValueError, KeyError, InputError):
             return None
-        wanted = json.loads(json.dumps(self.recipe.as_dict()))
-        stored = json.loads(json.dumps(stored))
-        same = all(stored[key] == wanted[key] for key in wanted if key not in _FREE)
-        return found if same and (self.folder / "encoder" / "config.json").is_file() else None
+        return found if (self.folder / "encoder" / "config.json").is_file() else None
 
     def prepare(self) -> list[str]:
         """Write what the run is started with; return the stages that other runs have trained for it."""
@@ -124,6 +124,12 @@ class Cell:
             return "it left no log"
         lines = self.log.read_text("utf-8", errors="replace").replace("\r", "\n").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+def _of_the_result(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a result depends on, as JSON has them."""
+    settings = {key: value for key, value in recipe.as_dict().items() if key not in _FREE}
+    return json.loads(json.dumps(settings))
 
 
 @dataclass(frozen=True)

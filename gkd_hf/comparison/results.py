@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from gkd_hf.comparison.cells import Cell, source_miou
-from gkd_hf.comparison.definition import Comparison, Variant
+from gkd_hf.comparison.definition import Variant
 from gkd_hf.comparison.schedule import Schedule
 from gkd_hf.evaluation.domain_report import package_versions
 
 
-def collect(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
+def collect(everything: Schedule, command: Sequence[str]) -> dict[str, Any]:
     """Read the reports of all runs that are finished.
 
     Args:
-        comparison: whose runs.
+        everything: all runs of a comparison.
         command: what was typed.
 
     Returns:
         The content of results.json: mIoU in percent, seconds; None where nothing is known yet.
     """
-    everything = Schedule(comparison, comparison.variants, comparison.seeds)
+    comparison = everything.comparison
+    everything.look_again()
     variants = {name: _variant(everything, each) for name, each in comparison.variants.items()}
     reference = variants[comparison.reference]
     for entry in variants.values():

@@ -93,8 +93,9 @@ def run_comparison(schedule: Schedule, jobs: int | None, command: Sequence[str],
     with lock_output_dir(comparison.output_dir):
         tell(f"{schedule.total()} runs, {schedule.finished()} finished before; {places.jobs} at once")
         render_data(comparison, schedule.runs, progress=bars_are_seen())
-        schedule.run(places, tell, lambda: write(comparison, command))
-        results = write(comparison, command)
+        everything = select(comparison, None, None)
+        schedule.run(places, tell, lambda: write(everything, command))
+        results = write(everything, command)
     print(f"\n{terminal_table(results)}\n\nresults.md, results.png and results.json are in {comparison.output_dir}")
     code = 0
     if left := schedule.total() - schedule.finished():
@@ -107,10 +108,10 @@ def run_comparison(schedule: Schedule, jobs: int | None, command: Sequence[str],
     return code
 
 
-def write(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
-    """Write what is known so far: results.png, results.md and, last, results.json; return the latter."""
-    results = collect(comparison, command)
-    folder = comparison.output_dir
+def write(everything: Schedule, command: Sequence[str]) -> dict[str, Any]:
+    """Write what is known so far of all runs: results.png, results.md and, last, results.json; return the latter."""
+    results = collect(everything, command)
+    folder = everything.comparison.output_dir
     write_whole(folder / "results.png", lambda place: draw_comparison(place, results))
     write_whole(folder / "results.md", lambda place: place.write_text(markdown(results), encoding="utf-8"))
     write_json(folder / "results.json", results)

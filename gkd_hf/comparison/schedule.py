@@ -170,6 +170,10 @@ class Schedule:
         """Whether a run is finished."""
         return self.result(cell) is not None
 
+    def look_again(self) -> None:
+        """Forget what was not finished when it was last looked for."""
+        self._results = {folder: result for folder, result in self._results.items() if result is not None}
+
     def is_settled(self, cell: Cell) -> bool:
         """Whether a run is finished or cannot be."""
         return self.is_done(cell) or cell.folder in self.failed or (cell.trial and cell.diverged)

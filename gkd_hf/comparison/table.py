@@ -8,7 +8,7 @@ from typing import Any
 
 from gkd_hf.comparison.cells import values_text
 from gkd_hf.comparison.results import number
-from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed
+from gkd_hf.evaluation.report_text import box_table, markdown_table, percent, signed, wrapped
 
 
 def short_names(domains: Sequence[str]) -> list[str]:
@@ -59,7 +59,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`",
         markdown_table(["package", "version"], results["versions"].items(), align="---"),
     ]
-    return "\n\n".join(parts) + "\n"
+    return wrapped("\n\n".join(parts), 119) + "\n"
 
 
 def incomplete(results: Mapping[str, Any]) -> list[str]:
