@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     from gkd_hf.hub.push import check_finished, run_settings
 
     try:
-        recipes = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+        folder = ROOT / "scripts" / "recipes"
+        recipes = sorted(set(folder.glob("*.yaml")) - set(folder.glob("*_compare.yaml")))
         names = [recipe.stem for recipe in recipes]
         for name, run_dir in runs.items():
             if name not in names:

@@ -115,6 +115,8 @@ def _read(path: Path) -> DictConfig:
         raise InputError(f"recipe '{path}' is not readable YAML: {text}") from error
     if not isinstance(content, DictConfig):
         raise InputError(f"recipe '{path}' must be a mapping of keys (student, teacher, stages, …), not a list")
+    if "variants" in content:
+        raise InputError(f"'{path}' compares methods: run it with scripts/compare_methods.py")
     return content
 
 

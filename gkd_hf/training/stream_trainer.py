@@ -154,6 +154,9 @@ class StreamTrainer(PublishingTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=workers > 0 and args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            # A loader seeds its workers from here; from torch's own generator it would take a number more in a run
+            # that is resumed, and what a model draws from it would be other numbers from there on.
+            generator=torch.Generator(),
         )
         outliving_sigterm(loader)
         # One process of one: the stream has taken this process's share, and no rank may decode for the others.

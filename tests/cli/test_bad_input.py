@@ -44,11 +44,11 @@ def test_settings_that_changed_since(run_gkd: ModuleType, recipe: Path, refused:
     [
         ("stages.task.imagesize=64", "unknown key 'stages.task.imagesize', did you mean 'image_size'?"),
         ("methode=gkd", "unknown key 'methode', did you mean 'method'?"),
-        ("method=gkt", "method is 'gkt', did you mean 'gkd'? (available: gkd, mse)"),
+        ("method=gkt", "method is 'gkt', did you mean 'gkd'? (available: gkd, mse, proteus, kd, cwd, af_dcd, vitkd, none)"),
         ("teacher.geometry=natve", "did you mean 'native'?"),
         ("evaluate=[cityscape]", "unknown domain 'cityscape', did you mean 'cityscapes'?"),
         ("evaluate=[toy_city:nigt]", "'toy_city:nigt'"),
-        ("baselines=[cwd]", "baselines is 'cwd' (available: none)"),
+        ("baselines=[gkd]", "baselines is 'gkd', did you mean 'kd'? (available: none, kd, cwd, af_dcd, vitkd)"),
         ("stages.task.decode_head=upnet", "did you mean 'upernet'? (available: linear, mask2former, upernet, dpt)"),
         ("stages.task.batch_size=many", "key stages.task.batch_size: Value 'many'"),
         ("stages.task.batch_size=0", "stages.task.batch_size is 0: it must be more than 0"),

@@ -27,7 +27,7 @@ from gkd_hf.training.stage_folder import StageFolder, replace_folder
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "scripts/recipes/quickstart.yaml"
-RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")) if "_compare" not in path.stem]
 PAPER = [path for path in RECIPES if "dinov2" in path.name]
 TEACHER = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
