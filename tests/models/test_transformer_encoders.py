@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel, Siglip2ImageProcessorPil
 from gkd_hf import GKDStudentModel, GKDTeacher, InputError
 from gkd_hf.models.encoders import adapter_for, resample_geometry
 from gkd_hf.models.loading import config_from_mapping, load_encoder
+from gkd_hf.training.step_cost import DistillationStep
 from tests.tiny import ENCODERS, EVERY_ENCODER
 
 TRANSFORMERS = sorted(
@@ -152,7 +153,6 @@ def test_free_sizes_keep_their_weights(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_patch_kernels_are_resized_bicubically(kind: str) -> None:
-    """Smooth images give a kernel of twice the size four times the value: bicubic resizing keeps its mean."""
     encoder = make_encoder(kind)
     adapter = adapter_for(encoder.config)
     rebuilt = resample_geometry(encoder, 64, 16)
@@ -202,9 +202,7 @@ def test_every_teacher_reaches_the_students_grid(kind: str, geometry: str) -> No
 
 def test_dinov3_computes_with_what_a_plan_has_seen() -> None:
     """Costs are computed on tensors without values, and transformers keeps DINOv3's coordinates for later calls."""
-    from gkd_hf.training.step_cost import DistillationStep
-
     config = config_from_mapping(EVERY_ENCODER["dinov3_vit"])
-    DistillationStep(config_from_mapping(ENCODERS["vit"]), config, 72).costs((1,))
+    DistillationStep(config_from_mapping(ENCODERS["vit"]), [config], 72).costs((1,))
     encoder = make_encoder("dinov3_vit")
     assert adapter_for(encoder.config).forward(encoder, torch.randn(1, 3, 72, 72)).patches.isfinite().all()
