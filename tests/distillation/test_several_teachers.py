@@ -150,6 +150,13 @@ def test_the_distiller_takes_several_teachers() -> None:
     assert not any("standardise" in name or "objectives" in name for name in alone.state_dict())
 
 
+def test_several_teachers_are_one_compiled_graph() -> None:
+    objective, (patches, cls), student = make(), teacher_tokens(), student_tokens()
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)(*student, patches, cls)
+    for name, value in objective(*student, patches, cls).items():
+        torch.testing.assert_close(compiled[name], value)
+
+
 @pytest.mark.parametrize(
     "settings, told",
     [

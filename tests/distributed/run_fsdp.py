@@ -30,6 +30,7 @@ from gkd_hf.training.sharding import is_sharded, whole_model
 from gkd_hf.training.stream_trainer import NonFiniteLossError
 from tests.distributed.fsdp_on_cpu import let_accelerate_shard_on_the_cpu
 from tests.tiny import ENCODERS, MASK2FORMER, UPERNET
+from tests.training import test_several_teachers as several
 from tests.training import test_trainers as single
 
 STEPS, MICRO = 20, 4
@@ -38,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "distil": {"query_warmup_steps": 3, "teacher_sharding": "always", "ema_decay": 0.9},
     "distil-accumulated": {"teacher_sharding": "always", "gradient_accumulation_steps": 2},
     "distil-resnet": {"kind": "resnet"},
+    "distil-several": {"teacher_sharding": "always"},
     "distil-bf16": {"bf16": True, "teacher_sharding": "always", "activation_checkpointing": True},
     "task-linear": {"kind": "vit", "head": "linear", "eval_strategy": "steps", "eval_steps": 10},
     "task-upernet": {"kind": "resnet", "head": UPERNET},
@@ -74,6 +76,8 @@ def make(case: str, folder: Path, world: int) -> GKDDistillationTrainer | GKDSeg
         "gradient_accumulation_steps": settings["gradient_accumulation_steps"] * 2 // world,
         "logging_steps": 1,
     }
+    if case == "distil-several":
+        return several.trainer(folder, **settings)
     if case.startswith("distil"):
         return single.distillation_trainer(folder, **settings)
     set_seed(0)

@@ -15,7 +15,7 @@ from tests.cli.test_kill_and_resume import STAGES, write_recipe
 from tests.distributed import run_fsdp
 from tests.distributed.launched import run_launched
 
-STAGE_ONE = ["distil", "distil-accumulated", "distil-resnet", "distil-bf16"]
+STAGE_ONE = ["distil", "distil-accumulated", "distil-resnet", "distil-several", "distil-bf16"]
 STAGE_TWO = ["task-linear", "task-upernet", "task-mask2former", "end-to-end"]
 # Mask2Former's loss averages its number of masks over processes, not over the micro batches of one.
 COMPARED = [case for case in (*STAGE_ONE, *STAGE_TWO) if case != "task-mask2former"]
