@@ -1,8 +1,9 @@
 """A procedural street world in many styles: the data that needs no download.
 
 Eight classes (road, sidewalk, building, vegetation, sky, pole, car, person). One style, ``clear_day``, is the source;
-``night``, ``fog``, ``rain``, ``snow``, ``other_city`` and ``other_camera`` are unseen targets; ``pool`` is a broad mix of
-mild weather, wild colours and cameras without labels of interest, for distillation. A user adds a look with :func:`register_style`.
+``night``, ``fog``, ``rain``, ``snow``, ``other_city`` and ``other_camera`` are unseen targets; ``pool`` is a broad mix
+of mild weather, wild colours and cameras without labels of interest, for distillation. A user adds a look with
+:func:`register_style`.
 
     images, labels = render("night", 8, size=64, seed=0)
     rows = toy_city("clear_day", 1000, size=64, seed=0)        # a datasets.IterableDataset

@@ -52,7 +52,7 @@ from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, Task
 from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 from gkd_hf.training.sharding import check_can_shard, under, whole_state_dict
-from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained, stage_arguments
+from gkd_hf.training.stage_arguments import device_batch, encoder_is_trained, method_of, stage_arguments
 from gkd_hf.training.stage_folder import StageFolder
 from gkd_hf.training.stage_settings import stage_folders
 
@@ -207,7 +207,7 @@ class Pipeline:
         untrained = self._begin(folder, title, stage)
         set_seed(self.recipe.seed)
         if untrained:
-            method = name if baseline else self.recipe.method
+            method = method_of(self.recipe, name)
             model = self._new_segmenter(self._student_after(previous, stage), stage)
             arguments, stream = self._task_training(name, model, stage.image_size)
             if method in ONE_STAGE_METHODS:

@@ -24,10 +24,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gkd_hf.methods import ONE_STAGE_METHODS
 from gkd_hf.teacher import LARGE
+from gkd_hf.training.one_stage_cost import OneStageStep
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
 from gkd_hf.training.recipe_data import task_label_space
 from gkd_hf.training.scale_question import ScaleQuestion
+from gkd_hf.training.stage_arguments import encoder_is_trained, method_of
 from gkd_hf.training.step_cost import MOVING, DistillationStep, SegmentationStep, StepCost, masked_images
 
 GIGABYTE = 10**9
@@ -254,7 +257,7 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
 
     Args:
         name: of the stage, or of the baseline that is trained in the task's place: end to end.
-        student, teachers: `plan.PlannedEncoder`s whose configurations are known.
+        student, teachers: `plan.PlannedEncoder`s; the configurations of those that the stage needs are known.
 
     Raises:
         InputError: an image size or decode head that does not suit the student.
@@ -276,17 +279,22 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
             **settings,
         )
     else:
-        frozen = name == "task"
-        step = SegmentationStep(
-            student.config,
-            stage.image_size,
-            decode_head=stage.decode_head,
-            classes=len(task_label_space(recipe).classes),
-            norm_feature_maps=stage.norm_feature_maps,
-            frozen=frozen,
-            **settings,
-        )
+        settings |= {
+            "decode_head": stage.decode_head,
+            "classes": len(task_label_space(recipe).classes),
+            "norm_feature_maps": stage.norm_feature_maps,
+        }
+        frozen, method = not encoder_is_trained(recipe, name), method_of(recipe, name)
+        if method in ONE_STAGE_METHODS:
+            settings |= {"method": method, "method_settings": recipe.method_settings(method)}
+            settings["geometry"] = recipe.teacher.geometry
+            step = OneStageStep(student.config, teachers[0].config, stage.image_size, **settings)
+        else:
+            step = SegmentationStep(student.config, stage.image_size, frozen=frozen, **settings)
     costs = step.costs(batches)
     if not distils and frozen and recipe.baselines:
         costs[True] = None  # activation_checkpointing is for those then
-    return StageScale(name, stage, costs, [each.sharding for each in recipe.all_teachers.values()])
+    # While the task is learned, a teacher is whole on every GPU.
+    return StageScale(
+        name, stage, costs, [each.sharding if distils else "never" for each in recipe.all_teachers.values()]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gkd_hf.methods import ONE_STAGE_METHODS
 from gkd_hf.training.plan import PlannedEncoder, planned_encoder, planned_teachers
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
 from gkd_hf.training.recipe_data import train_images
@@ -16,6 +17,7 @@ from gkd_hf.training.scale import (
     stage_scale,
 )
 from gkd_hf.training.scale_question import ScaleQuestion
+from gkd_hf.training.stage_arguments import method_of
 
 _WIDTH = 11  # of a column of GB
 _PART = 22  # of the names of the parts
@@ -50,7 +52,8 @@ def _stage_lines(
     teachers: list[PlannedEncoder],
     question: ScaleQuestion,
 ) -> list[str]:
-    needed = [student, *teachers] if isinstance(stage, DistillationRecipe) else [student]
+    teaches = isinstance(stage, DistillationRecipe) or method_of(recipe, name) in ONE_STAGE_METHODS
+    needed = [student, *teachers] if teaches else [student]
     unknown = [encoder.name for encoder in needed if encoder.config is None]
     if unknown:
         kind = "baseline" if name in recipe.baselines else "stage"

@@ -45,6 +45,11 @@ def device_batch(name: str, stage: StageRecipe, processes: int) -> int:
     return stage.batch_size // share
 
 
+def method_of(recipe: Recipe, name: str) -> str:
+    """The method by which the task stage, or the baseline of that name, is trained."""
+    return recipe.method if name == "task" else name
+
+
 def encoder_is_trained(recipe: Recipe, name: str) -> bool:
     """Whether the encoder learns the task with the head, in the task stage, a baseline, or for the teacher's head."""
     if name == TEACHER_HEAD:

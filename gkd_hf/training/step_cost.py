@@ -345,9 +345,13 @@ class SegmentationStep(Step):
 
     def loss(self, model: nn.Module, pixels: torch.Tensor, taught: tuple[torch.Tensor, ...]) -> torch.Tensor:
         labels = torch.zeros(len(pixels), self.image_size, self.image_size, dtype=torch.long)
-        present = torch.arange(min(self.head["num_labels"], CLASSES_IN_AN_IMAGE))
-        with self._autocast(), _KnownClasses(present):
+        with self._autocast(), known_classes(self.head["num_labels"]):
             return model(pixel_values=pixels, labels=labels).loss
+
+
+def known_classes(classes: int) -> TorchFunctionMode:
+    """The context in which a decode head's loss runs on label maps without values."""
+    return _KnownClasses(torch.arange(min(classes, CLASSES_IN_AN_IMAGE)))
 
 
 class _KnownClasses(TorchFunctionMode):

@@ -21,12 +21,15 @@ from gkd_hf import (
 )
 from gkd_hf.distillation.one_stage import ONE_STAGE
 from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
+from gkd_hf.models.loading import config_from_mapping
 from gkd_hf.task_teacher import TaskTeacher
+from gkd_hf.training.one_stage_cost import OneStageStep
 from gkd_hf.training.one_stage_trainer import GKDOneStageTrainer
 from gkd_hf.training.pipeline import run
 from gkd_hf.training.plan import plan
 from gkd_hf.training.recipe import Recipe
 from gkd_hf.training.recipe_file import load_recipe
+from gkd_hf.training.step_cost import SegmentationStep
 from tests.tiny import ENCODERS
 from tests.training.test_trainers import SIZE, arguments, segmentation_stream
 
@@ -243,6 +246,20 @@ def test_the_encoder_is_trained_where_it_should_be(method: str, tmp_path: Path) 
     else:
         assert not (tmp_path / "stages" / "domain_agnostic").exists()
         assert METHODS["none"].title in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ONE_STAGE_METHODS)
+def test_a_step_on_paper_counts_teacher_and_projections(name: str) -> None:
+    kind = config_from_mapping(ENCODERS["vit" if name == "vitkd" else "resnet"])
+    head = {"decode_head": "linear", "classes": 8, "precision": "fp32"}
+    plain = SegmentationStep(kind, 64, frozen=False, **head).costs((2,))[False][0]
+    step = OneStageStep(
+        kind, config_from_mapping(TEACHER), 64, method=name, method_settings=SMALL.get(name, {}), **head
+    )
+    cost = step.costs((2,))[False][0]
+    assert cost.teachers[0].parameters > 0 and not plain.teachers
+    assert cost.heads.trained > plain.heads.trained
+    assert cost.flops > plain.flops
 
 
 def test_a_comparison_is_no_recipe() -> None:
