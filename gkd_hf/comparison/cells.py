@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gkd_hf.comparison.definition import Comparison, Variant
-from gkd_hf.comparison.sharing import finished_stages, take_over
+from gkd_hf.comparison.sharing import finished_stages, settings_key, take_over, take_over_label_checks
 from gkd_hf.errors import InputError
 from gkd_hf.training.recipe import Recipe
 from gkd_hf.training.recipe_data import RecipeData
@@ -85,6 +85,14 @@ class Cell:
         except InputError as error:
             raise InputError(f"{self.label}: {error}") from error
 
+    @cached_property
+    def _by_settings(self) -> dict[str, StageFolder]:
+        return {settings_key(folder): folder for folder in self.stages.values()}
+
+    def missing(self) -> set[str]:
+        """`settings_key` of its stages that are not finished."""
+        return {key for key, folder in self._by_settings.items() if not folder.finished}
+
     def result(self) -> dict[str, Any] | None:
         """The content of its report, or what stands for it without a task stage; None if it is not finished."""
         has_task = self.recipe.stages.task is not None
@@ -107,6 +115,7 @@ class Cell:
             data.symlink_to(os.path.relpath(self.comparison.output_dir / "data", self.folder))
         text = yaml.safe_dump(self.recipe.as_dict(), sort_keys=False, allow_unicode=True)
         (self.folder / "cell.yaml").write_text(text, encoding="utf-8")
+        take_over_label_checks(self.comparison.output_dir, self.folder)
         return take_over(self.stages, finished_stages(self.comparison.output_dir))
 
     @property

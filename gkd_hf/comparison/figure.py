@@ -173,7 +173,10 @@ def _draw_gains(axes: Axes, names: Mapping[str, str], rows: list[_Row]) -> None:
             light = float(np.dot(colour[:3], (0.2126, 0.7152, 0.0722)))
             weight = "bold" if key == "mean_target" else "normal"
             axes.text(centre, row.y, signed(value), color="black" if light > 0.5 else "white", weight=weight, **style)
-    axes.set_xticks(centres, [name.replace(" ", "\n", 1) for name in names.values()])
+    # Long names go over several lines, or into smaller letters.
+    titles = [name if len(name) < 9 else name.replace("_", " ").replace(" ", "\n") for name in names.values()]
+    widest = max(len(line) for title in titles for line in title.splitlines())
+    axes.set_xticks(centres, titles)
     axes.tick_params(axis="both", length=0, labelleft=False)
-    axes.tick_params(axis="x", labelsize=8.5, labeltop=True, labelbottom=False)
+    axes.tick_params(axis="x", labelsize=8.5 * min(1.0, 11 / widest), labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from gkd_hf.comparison.cells import Cell, Choice, choose, source_miou, trials
 from gkd_hf.comparison.definition import Comparison, Variant
-from gkd_hf.comparison.sharing import finished_stages, missing_stages
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.report_text import percent
 from gkd_hf.training.recipe_data import RecipeData
@@ -243,9 +242,8 @@ class Schedule:
         if cell.needs is not None and not self._results.get(cell.needs):
             return True
         # A stage is trained by one run at a time; the others take it over.
-        trained = {key for each in self._running for key in missing_stages(each.cell.stages.values())}
-        shared = trained & set(missing_stages(cell.stages.values()))
-        return bool(shared) and not shared <= set(finished_stages(self.comparison.output_dir))
+        missing = cell.missing()
+        return any(missing & each.cell.missing() for each in self._running)
 
     def _collect(self, tell: Callable[[str], None], finished: Callable[[], None]) -> None:
         for each in list(self._running):

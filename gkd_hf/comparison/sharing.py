@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gkd_hf.training.stage_folder import StageFolder
+from gkd_hf.training.label_check import remembered
+from gkd_hf.training.stage_folder import StageFolder, write_json
+
+LABEL_MEMORY = "checked_labels.json"
 
 
 def settings_key(folder: StageFolder) -> str:
@@ -25,11 +29,6 @@ def finished_stages(output_dir: Path) -> dict[str, Path]:
                 settings = json.loads((record.parent / "settings.json").read_text(encoding="utf-8"))
                 found.setdefault(json.dumps(settings, sort_keys=True), record.parent)
     return found
-
-
-def missing_stages(folders: Iterable[StageFolder]) -> list[str]:
-    """`settings_key` of the stages that are not finished."""
-    return [settings_key(folder) for folder in folders if not folder.finished]
 
 
 def take_over(folders: Mapping[str, StageFolder], donors: Mapping[str, Path]) -> list[str]:
@@ -52,6 +51,16 @@ def take_over(folders: Mapping[str, StageFolder], donors: Mapping[str, Path]) ->
             _replace(donor / record, folder.path / record)
         taken.append(name)
     return taken
+
+
+def take_over_label_checks(output_dir: Path, folder: Path) -> None:
+    """Let a run know which labels other runs have checked; it looks itself whether that still holds."""
+    known: dict[str, Any] = {}
+    for run in ("*/seed*", "*/tuning/*"):
+        for memory in sorted(output_dir.glob(f"{run}/{LABEL_MEMORY}")):
+            known |= remembered(memory)
+    if known:
+        write_json(folder / LABEL_MEMORY, known | remembered(folder / LABEL_MEMORY))
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -33,6 +34,15 @@ def test_a_stage_with_the_same_settings_is_trained_once(read: Read, runs: Played
     assert not (first / "heads.safetensors").samefile(second / "heads.safetensors")  # a run writes into its own
     assert not (first / "model").samefile(second / "model")
     assert "other_head, seed 0: started (task_agnostic: as another run has trained it)" in runs.told
+
+
+def test_what_was_checked_of_labels_is_known_to_the_runs_that_follow(
+    read: Read, runs: PlayedRuns, tmp_path: Path
+) -> None:
+    runs.play(read({"gkd": {}}, seeds=[0]))
+    (tmp_path / "out/gkd/seed0/checked_labels.json").write_text('{"mine/train": {"rows": 3}}')
+    runs.play(read({"gkd": {}}))
+    assert json.loads((tmp_path / "out/gkd/seed1/checked_labels.json").read_text()) == {"mine/train": {"rows": 3}}
 
 
 def test_another_seed_shares_nothing(read: Read, runs: PlayedRuns) -> None:
