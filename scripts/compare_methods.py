@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan or run; return the exit code."""
-    from gkd_hf.comparison.definition import read_comparison
+    from gkd_hf.comparison.definition_file import read_comparison
     from gkd_hf.comparison.run import plan, run_comparison, select
     from gkd_hf.errors import InputError, refused
 

@@ -15,7 +15,9 @@ import yaml
 
 from gkd_hf.comparison import schedule
 from gkd_hf.comparison.cells import Cell
-from gkd_hf.comparison.definition import Comparison, read_comparison
+from gkd_hf.comparison.definition import Comparison
+from gkd_hf.comparison.definition_file import read_comparison
+from gkd_hf.comparison.places import Places
 
 STAGE = {"image_size": 32, "batch_size": 4, "max_steps": 3, "learning_rate": 1e-3}
 RECIPE = {
@@ -140,7 +142,7 @@ class PlayedRuns:
     def play(self, comparison: Comparison, jobs: int = 1, **selection: Any) -> schedule.Schedule:
         selected = {"names": comparison.variants, "seeds": comparison.seeds} | selection
         played = schedule.Schedule(comparison, **selected)
-        played.run(schedule.Places(jobs, (), 1), self.told.append, lambda: None, self.start)
+        played.run(Places(jobs, (), 1), self.told.append, lambda: None, self.start)
         return played
 
 

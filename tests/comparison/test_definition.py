@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gkd_hf.comparison.definition import Comparison, read_comparison
+from gkd_hf.comparison.definition import Comparison
+from gkd_hf.comparison.definition_file import read_comparison
 from gkd_hf.errors import InputError
 from tests.comparison.conftest import RECIPE
 

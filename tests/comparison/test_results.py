@@ -13,7 +13,8 @@ from PIL import Image
 from gkd_hf.comparison import schedule
 from gkd_hf.comparison.cells import Cell
 from gkd_hf.comparison.check import check_against, read_stored
-from gkd_hf.comparison.definition import Comparison, read_comparison
+from gkd_hf.comparison.definition import Comparison
+from gkd_hf.comparison.definition_file import read_comparison
 from gkd_hf.comparison.results import collect
 from gkd_hf.comparison.run import plan, select, write
 from gkd_hf.comparison.table import markdown, terminal_table

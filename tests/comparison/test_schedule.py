@@ -13,7 +13,8 @@ import pytest
 
 from gkd_hf.comparison.cells import Cell, choose
 from gkd_hf.comparison.definition import Comparison
-from gkd_hf.comparison.schedule import Places, Schedule
+from gkd_hf.comparison.places import Places
+from gkd_hf.comparison.schedule import Schedule
 from gkd_hf.errors import InputError
 from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.sigterm import Preempted
