@@ -15,13 +15,15 @@ from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 
 if TYPE_CHECKING:
-    from gkd_hf.distillation.objective import GKDObjective, MSEObjective
+    from gkd_hf.distillation.objective import GKDObjective, MSEObjective, ProteusObjective
     from gkd_hf.distillation.query_based import QuerySoftDistillation
     from gkd_hf.hub.model_card import GKDModelCard
     from gkd_hf.hub.push import push_run as push_to_hub
+    from gkd_hf.task_teacher import TaskTeacher
     from gkd_hf.teacher import GKDTeacher
     from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
     from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
+    from gkd_hf.training.one_stage_trainer import GKDOneStageTrainer
     from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 
 __version__ = "0.1.0"
@@ -35,12 +37,15 @@ _LAZY = {
     "GKDDistillationArguments": "gkd_hf.training.arguments",
     "GKDDistillationTrainer": "gkd_hf.training.distillation_trainer",
     "GKDObjective": "gkd_hf.distillation.objective",
+    "GKDOneStageTrainer": "gkd_hf.training.one_stage_trainer",
     "GKDSegmentationArguments": "gkd_hf.training.arguments",
     "GKDSegmentationTrainer": "gkd_hf.training.segmentation_trainer",
     "GKDModelCard": "gkd_hf.hub.model_card",
     "GKDTeacher": "gkd_hf.teacher",
     "MSEObjective": "gkd_hf.distillation.objective",
+    "ProteusObjective": "gkd_hf.distillation.objective",
     "QuerySoftDistillation": "gkd_hf.distillation.query_based",
+    "TaskTeacher": "gkd_hf.task_teacher",
     "push_to_hub": "gkd_hf.hub.push",
 }
 
@@ -49,6 +54,7 @@ __all__ = [
     "GKDDistillationTrainer",
     "GKDModelCard",
     "GKDObjective",
+    "GKDOneStageTrainer",
     "GKDSegmentationArguments",
     "GKDSegmentationTrainer",
     "GKDStudentConfig",
@@ -57,7 +63,9 @@ __all__ = [
     "GKDTeacher",
     "InputError",
     "MSEObjective",
+    "ProteusObjective",
     "QuerySoftDistillation",
+    "TaskTeacher",
     "push_to_hub",
 ]
 

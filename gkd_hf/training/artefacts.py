@@ -13,6 +13,7 @@ from PIL import Image
 
 from gkd_hf.data.domains import domain_names
 from gkd_hf.data.shards import is_hub_id
+from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport
 from gkd_hf.hub import handler
 from gkd_hf.hub.licences import may_be_shown
@@ -22,6 +23,7 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStu
 from gkd_hf.models.pull import pulled_commit
 from gkd_hf.training.recipe import Recipe
 from gkd_hf.training.recipe_data import data_root
+from gkd_hf.training.recipe_file import load_recipe
 from gkd_hf.training.stage_folder import replace_folder
 
 
@@ -98,9 +100,14 @@ def resolved_commits(recipe: Recipe) -> dict[str, str]:
 
 def same_settings(report: dict[str, Any], recipe: Recipe) -> bool:
     """Whether a report is of this recipe; where it is published and how long processes wait makes no difference."""
-    wanted = json.loads(json.dumps(recipe.as_dict()))
-    return _of_the_result(report.get("settings", {})) == _of_the_result(wanted)
+    try:
+        # Read as a recipe, settings of an older report have the keys that came later, at their defaults.
+        stored = load_recipe(report.get("settings", {}))
+    except InputError:
+        return False
+    return _of_the_result(stored) == _of_the_result(recipe)
 
 
-def _of_the_result(settings: dict[str, Any]) -> dict[str, Any]:
+def _of_the_result(recipe: Recipe) -> dict[str, Any]:
+    settings = json.loads(json.dumps(recipe.as_dict()))
     return {key: value for key, value in settings.items() if key not in ("hub", "timeout_minutes")}

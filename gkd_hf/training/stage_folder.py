@@ -61,7 +61,7 @@ class StageFolder:
         for key in sorted({*begun, *wanted}):
             if begun.get(key) != wanted.get(key):
                 raise InputError(
-                    f"{path} was begun with {key} = {begun.get(key)!r}, the recipe now says {wanted.get(key)!r}: "
+                    f"{path} was begun with {key} = {_told(begun, key)}, the recipe now says {_told(wanted, key)}: "
                     "choose another output_dir, or remove that folder to run the stage again"
                 )
 
@@ -140,6 +140,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _told(settings: Mapping[str, Any], key: str) -> str:
+    """A setting's value in words; one that is left out because it changes nothing has that value."""
+    return repr(settings.get(key, LATER_SETTINGS.get(key.rpartition(".")[2])))
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

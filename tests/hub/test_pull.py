@@ -51,7 +51,7 @@ def pipeline(path):
     recipe = load_recipe(path)
     run = Pipeline(recipe)
     use = DataUse("custom", "train", False)
-    models = [new_student(recipe).encoder, run._teacher().encoder]
+    models = [new_student(recipe).encoder, *(teacher.encoder for teacher in run._teachers())]
     return [*map(total, models), next(iter(run.data.rows(use)))["id"], run.data.num_rows(use)]
 
 def upload(source, folder):

@@ -118,7 +118,7 @@ def test_stages_begun_with_all_labels_go_on_and_no_others(tmp_path: Path) -> Non
     assert StageFolder(tmp_path, whole).digest == StageFolder(tmp_path / "other", before).digest
     part = {"stages": {"task": {"batch_size": 4, "label_fraction": 0.5, "label_seed": 0}}}
     assert flatten(part)["stages.task.label_fraction"] == 0.5
-    with pytest.raises(InputError, match="was begun with stages.task.label_fraction = None, the recipe now says 0.5"):
+    with pytest.raises(InputError, match="was begun with stages.task.label_fraction = 1.0, the recipe now says 0.5"):
         StageFolder(tmp_path, part)
 
 
