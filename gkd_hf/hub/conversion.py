@@ -174,7 +174,7 @@ BACKBONES: dict[str, Callable[[GKDStudentForSemanticSegmentation, int], Backbone
 
 def _backbone(segmenter: GKDStudentForSemanticSegmentation, kind: str, image_size: int) -> Backbone:
     if kind not in BACKBONES:
-        raise NotNativeError(f"transformers has no backbone class for {kind}")
+        raise NotNativeError(f"for {kind} no conversion to transformers' backbone classes is known here")
     return BACKBONES[kind](segmenter, image_size)
 
 

@@ -212,7 +212,7 @@ def test_a_wrong_encoder_is_refused(tmp_path: Path, monkeypatch) -> None:
     "kind, head, settings, size, reason",
     [
         ("vit", "linear", {}, SIZE, "no class for decode_head linear"),
-        ("mobilenet_v2", "upernet", {}, SIZE, "no backbone class for mobilenet_v2"),
+        ("mobilenet_v2", "upernet", {}, SIZE, "for mobilenet_v2 no conversion to transformers.* backbone classes"),
         ("vit", "mask2former", {}, SIZE, "does not make a pyramid of the maps of a vit"),
         ("vit", "upernet", {"intermediate_size": 40}, SIZE, "whole multiple of its width, this ViT's is 40 for 24"),
         ("dinov2", "upernet", {"num_hidden_layers": 3}, SIZE, r"reads blocks \[1, 2, 2, 3\]"),

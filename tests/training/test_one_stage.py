@@ -248,7 +248,7 @@ def test_the_encoder_is_trained_where_it_should_be(method: str, tmp_path: Path) 
         assert METHODS["none"].title in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("name", ONE_STAGE_METHODS)
+@pytest.mark.parametrize("name", ["af_dcd", "vitkd"])
 def test_a_step_on_paper_counts_teacher_and_projections(name: str) -> None:
     kind = config_from_mapping(ENCODERS["vit" if name == "vitkd" else "resnet"])
     head = {"decode_head": "linear", "classes": 8, "precision": "fp32"}
