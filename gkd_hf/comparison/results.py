@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from gkd_hf.comparison.cells import Cell, source_miou
 from gkd_hf.comparison.definition import Variant
 from gkd_hf.comparison.schedule import Schedule
 from gkd_hf.evaluation.domain_report import package_versions
+from gkd_hf.evaluation.report_text import write_whole
 
 
 def collect(everything: Schedule, command: Sequence[str]) -> dict[str, Any]:
@@ -119,16 +119,6 @@ def _gains(seeds: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mappi
         known = [own - other for own, other in pairs if own is not None and other is not None]
         found[key] = statistics.fmean(known) if len(known) == len(both) else None
     return found
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write(temporary)`` make a file, and put it where ``path`` is: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:

@@ -10,10 +10,11 @@ from gkd_hf.comparison.check import check_against, read_stored
 from gkd_hf.comparison.definition import Comparison
 from gkd_hf.comparison.figure import draw_comparison
 from gkd_hf.comparison.places import Places, render_data
-from gkd_hf.comparison.results import collect, write_json, write_whole
+from gkd_hf.comparison.results import collect, write_json
 from gkd_hf.comparison.schedule import Schedule, figures
 from gkd_hf.comparison.table import markdown, terminal_table
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.evaluation.report_text import write_whole
 from gkd_hf.training.checks import check_output_dir, lock_output_dir
 from gkd_hf.training.progress import bars_are_seen
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from gkd_hf.data.domains import domain_names
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
 from gkd_hf.evaluation.report_figure import FigureCell, FigureRow, draw_report
-from gkd_hf.evaluation.report_text import box_table, flatten, markdown_table, percent, signed
+from gkd_hf.evaluation.report_text import box_table, flatten, markdown_table, percent, signed, write_whole
 from gkd_hf.methods import FROZEN, METHODS, method_title
 
 if TYPE_CHECKING:
@@ -168,9 +167,9 @@ class DomainReport:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.draw(folder / "report.png")
-        _write_atomically(folder / "report.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
+        write_whole(folder / "report.md", lambda path: path.write_text(self.markdown(), encoding="utf-8"))
         content = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write_atomically(folder / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
+        write_whole(folder / "report.json", lambda path: path.write_text(content, encoding="utf-8"))
 
     def draw(self, path: str | Path, shown: Collection[str] | None = None) -> None:
         """Write the picture of the report as a PNG, whole or not at all: a row for each domain.
@@ -186,7 +185,7 @@ class DomainReport:
         domains = [name for each in self._domains() for name in each if shown is None or name in shown]
         if shown is not None and not domains:
             raise InputError(f"there is nothing to draw into {path}: none of its domains is in the report")
-        _write_atomically(Path(path), lambda place: self._draw(place, domains))
+        write_whole(Path(path), lambda place: self._draw(place, domains))
 
     # What the three forms of the report share.
 
@@ -352,12 +351,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, np.integer):
         return int(value)
     return value if value is None or isinstance(value, str | bool | int) else str(value)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

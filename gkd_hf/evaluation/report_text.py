@@ -1,12 +1,14 @@
-"""Figures and tables as text: box drawing for the terminal, pipes for Markdown."""
+"""Figures and tables as text, box drawing for the terminal and pipes for Markdown; and files written whole."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 # Begins of lines that are no prose, and the parts of prose that stay on one line.
@@ -86,3 +88,13 @@ def wrapped(markdown: str, width: int = 100) -> str:
         paragraph.append(line.removeprefix("> ").strip())
     close(quote)
     return "\n".join(lines)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write(temporary)`` make a file, and put it where ``path`` is: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

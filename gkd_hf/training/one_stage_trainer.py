@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gkd_hf.data.streaming import EvaluationSet, SampleStream
+from gkd_hf.data.streaming import EvaluationSet
 from gkd_hf.distillation.one_stage import Features, OneStageMethod
 from gkd_hf.distillation.one_stage_distiller import OneStageDistiller
 from gkd_hf.errors import InputError
@@ -83,21 +83,8 @@ class GKDOneStageTrainer(GKDSegmentationTrainer):
                 pixel_values, grid, self.student_mean, self.student_std, tuple(self.method.needs_blocks)
             )
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Return the task's and the method's loss of a micro batch; their terms are logged."""
-        self.note_bad_rows(inputs.get("bad_rows", []))
-        streamed = isinstance(self.train_dataset, SampleStream)
-        pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
+    def losses(self, model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the task's and the method's losses, see `OneStageDistiller`."""
         taught = self.teach(pixels)
         with self.autocast():
-            losses = model(
-                pixels, inputs["labels"].long(), taught.patches, taught.blocks, taught.logits, tuple(taught.grid)
-            )
-        self.watch(losses)
-        return (losses["total"], losses) if return_outputs else losses["total"]
+            return model(pixels, labels, taught.patches, taught.blocks, taught.logits, tuple(taught.grid))

@@ -101,10 +101,15 @@ class GKDSegmentationTrainer(StreamTrainer):
         self.note_bad_rows(inputs.get("bad_rows", []))
         streamed = isinstance(self.train_dataset, SampleStream)
         pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
+        losses = self.losses(model, pixels, inputs["labels"].long())
+        self.watch(losses)
+        return (losses["total"], losses) if return_outputs else losses["total"]
+
+    def losses(self, model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the named losses of B×3×H×W normalised pixels with B×H×W labels, ``total`` among them."""
         with self.autocast():
-            outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
-        self.watch({"total": outputs.loss, **(outputs.loss_terms or {})})
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            outputs = model(pixel_values=pixels, labels=labels)
+        return {"total": outputs.loss, **(outputs.loss_terms or {})}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Norms, and the query and level embeddings of Mask2Former, are not decayed."""
