@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gkd_hf.data.streaming import EvaluationSet
-from gkd_hf.distillation.one_stage import Features, OneStageMethod
+from gkd_hf.distillation.one_stage import ONE_STAGE, Features, OneStageMethod
 from gkd_hf.distillation.one_stage_distiller import OneStageDistiller
 from gkd_hf.errors import InputError
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
@@ -70,6 +70,14 @@ class GKDOneStageTrainer(GKDSegmentationTrainer):
     def segmenter_of(self, trained: nn.Module) -> GKDStudentForSemanticSegmentation:
         """The segmenter in a `OneStageDistiller`."""
         return trained.segmenter
+
+    def card_settings(self) -> dict[str, Any]:
+        """Method and teacher in a recipe's keys; a method of one's own is called by its class."""
+        kind = type(self.method)
+        own = next((name for name, each in ONE_STAGE.items() if each is kind), kind.__name__)
+        name = self.teacher.encoder.config.name_or_path
+        teacher = {"name": name, "geometry": self.teacher.geometry} if name else None
+        return super().card_settings() | {"method": own, "teacher": teacher}
 
     def teach(self, pixel_values: torch.Tensor) -> Features:
         """Return the teacher's features of the student's pixels B×3×H×W."""

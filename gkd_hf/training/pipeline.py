@@ -360,8 +360,8 @@ class Pipeline:
             (self.output_dir / name).unlink(missing_ok=True)
 
     def _write_cards(self) -> None:
-        names = [name for name, _ in self.recipe.stages]
-        for name in [*names, *self.recipe.baselines]:
+        names = [name for name, _ in self.recipe.stages.distillation()]
+        for name in [*names, *(self._task_trainings() if self.recipe.stages.task is not None else [])]:
             facts = self.folders[name].summary().get("facts")
             if facts is not None:
                 self.facts.stages[name] = StageFacts(**facts)

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from gkd_hf.data.domains import Domain, domain, domain_names
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
-from gkd_hf.methods import ONE_STAGE_METHODS
+from gkd_hf.methods import ONE_STAGE_METHODS, compares_logits, uses_teacher
 
 KD_TARGETS = ("features", "logits")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -253,14 +253,15 @@ class Recipe:
         return {} if self.teacher is None else {"teacher": self.teacher}
 
     @property
+    def used_teachers(self) -> dict[str, TeacherRecipe]:
+        """Those of `all_teachers` that the method or a baseline learns from: all or none."""
+        used = uses_teacher((self.method, *self.baselines), any(True for _ in self.stages.distillation()))
+        return self.all_teachers if used else {}
+
+    @property
     def needs_teacher_head(self) -> bool:
         """Whether a one-stage method compares logits, which the teacher gives with a head learnt on the source."""
-        compared = {
-            "kd": self.kd.target == "logits",
-            "cwd": self.cwd.logits_weight > 0,
-            "af_dcd": self.af_dcd.logits_weight > 0,
-        }
-        return any(compared.get(name, False) for name in self.one_stage)
+        return any(compares_logits(name, self.method_settings(name)) for name in self.one_stage)
 
     @property
     def one_stage(self) -> list[str]:
