@@ -21,7 +21,10 @@ class TaskTeacher(GKDTeacher):
             head is taken over. settings: those of `GKDTeacher`.
 
     Raises:
-        InputError: what `GKDTeacher` raises, and a segmenter on another encoder.
+        InputError: what `GKDTeacher` raises, and a segmenter on another encoder or on other weights.
+
+    Attributes:
+        num_labels: classes K of the head; None without one.
     """
 
     def __init__(self, source: Any, segmenter: GKDStudentForSemanticSegmentation | None = None, **settings: Any):
@@ -29,6 +32,7 @@ class TaskTeacher(GKDTeacher):
         self.decode_head: nn.Module | None = None
         self.map_norms: nn.ModuleList | None = None
         self.norm_maps = False
+        self.num_labels: int | None = None
         if segmenter is not None:
             own = self.encoder.config
             other = segmenter.config.encoder_config
@@ -37,10 +41,31 @@ class TaskTeacher(GKDTeacher):
                     f"the teacher's head was learnt on a {other.model_type} of {segmenter.student.adapter.width} "
                     f"channels, the teacher is a {own.model_type} of {self.width}: give a head learnt on this teacher"
                 )
+            self._check_weights(segmenter)
+            self.num_labels = segmenter.config.num_labels
             self.decode_head, self.map_norms = segmenter.decode_head, segmenter.map_norms
             self.norm_maps = segmenter.config.norm_feature_maps
             self.requires_grad_(False)
             self.eval()
+
+    def _check_weights(self, segmenter: GKDStudentForSemanticSegmentation) -> None:
+        others = segmenter.student.encoder.state_dict()
+        for name, own in self.encoder.state_dict().items():
+            other = others.get(name)
+            if other is not None and own.is_meta:
+                continue  # on paper nothing has a value
+            if other is not None and other.shape != own.shape and self.geometry == "resample_patch_embed":
+                continue  # kernels and positions that were resampled for the images the head was learnt on
+            if other is None or not torch.equal(own, other.to(own)):
+                raise InputError(
+                    f"the teacher's head was learnt on other weights than '{self.called}' has ({name} differs): give "
+                    "one that was learnt on this teacher, frozen"
+                )
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """Compile in place, as every module can, also what `features` computes."""
+        super().compile(*args, **settings)
+        self._encode = torch.compile(self._encode, *args, **settings)
 
     @torch.no_grad()
     def features(
@@ -63,10 +88,13 @@ class TaskTeacher(GKDTeacher):
         Raises:
             InputError: the teacher's tokens do not lie on that grid, or it has no such blocks.
         """
-        pixels = self.pixels_for(pixel_values, grid, image_mean, image_std)
+        features = self._encode(self.pixels_for(pixel_values, grid, image_mean, image_std), tuple(blocks))
+        self.check_grid(features.grid, grid)
+        return features
+
+    def _encode(self, pixels: torch.Tensor, blocks: tuple[int, ...]) -> Features:
         with_head = self.decode_head is not None
-        output = self.adapter.forward(self.encoder, pixels, None, with_head, self.norm_maps, tuple(blocks))
-        self.check_grid(output, grid)
+        output = self.adapter.forward(self.encoder, pixels, None, with_head, self.norm_maps, blocks)
         logits = None
         if with_head:
             maps = output.maps

@@ -47,7 +47,7 @@ class GKDTeacher(nn.Module):
 
     Raises:
         InputError: a weight that is not positive, unknown sharding, geometry or architecture, unreadable source,
-            weights for less than 95 % of the tensors.
+            weights that lack a tensor of the encoder.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class GKDTeacher(nn.Module):
             InputError: the teacher's tokens do not lie on that grid.
         """
         output = self.adapter.forward(self.encoder, self.pixels_for(pixel_values, grid, image_mean, image_std))
-        self.check_grid(output, grid)
+        self.check_grid(output.grid, grid)
         return output
 
     def pixels_for(
@@ -208,10 +208,10 @@ class GKDTeacher(nn.Module):
             pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
         return pixels.to(self.encoder.dtype)
 
-    def check_grid(self, output: EncoderOutput, grid: tuple[int, int]) -> None:
+    def check_grid(self, own: tuple[int, int], grid: tuple[int, int]) -> None:
         """Raise `InputError` if tokens do not lie on the grid they are wanted on."""
-        if output.grid != tuple(grid):
-            raise InputError(f"the teacher's tokens lie on a {output.grid} grid, the student's on {tuple(grid)}")
+        if tuple(own) != tuple(grid):
+            raise InputError(f"the teacher's tokens lie on a {own} grid, the student's on {tuple(grid)}")
 
 
 def named_source(source: Any, revision: str | None) -> tuple[str, str | None] | None:

@@ -19,7 +19,6 @@ from gkd_hf.distillation.one_stage_base import (
     convolutions,
     divergence,
     pixel_divergence,
-    random_positions,
     same_size,
 )
 from gkd_hf.distillation.one_stage_contrast import AugmentationFreeContrast
@@ -73,7 +72,9 @@ class KnowledgeDistillation(OneStageMethod):
         self.temperature = float(temperature)
         self.head = None if self.needs_logits else Projection(student_dim, teacher_dim)
 
-    def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         if self.head is None:
             return {"logits": pixel_divergence(student.logits, teacher.logits, self.temperature)}
         return {"feature": F.mse_loss(self.head(student.patches).float(), teacher.patches.float())}
@@ -118,7 +119,9 @@ class ChannelWiseDistillation(OneStageMethod):
             convolution = nn.Conv2d(student_dim, teacher_dim, kernel_size=1, bias=False)  # the norm has a bias
             self.align = nn.Sequential(convolution, nn.BatchNorm2d(teacher_dim), nn.ReLU())
 
-    def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         terms = {}
         if self.needs_logits:
             maps = same_size(student.logits, teacher.logits)
@@ -159,7 +162,7 @@ class ViTKD(OneStageMethod):
         if not 0 < mask_ratio < 1:
             raise InputError(f"vitkd: mask_ratio must lie in (0, 1), got {mask_ratio}")
         super().__init__(num_labels, {"mimic": mimic_weight, "generation": generation_weight})
-        self.mask_ratio = mask_ratio
+        self.mask_ratio = mask_ratio if "generation" in self.weights else 0.0
         self.needs_blocks = (1, 2) if "mimic" in self.weights else ()
         self.mimic = nn.ModuleList(nn.Linear(student_dim, teacher_dim) for _ in self.needs_blocks)
         self.align = self.restore = None
@@ -167,8 +170,10 @@ class ViTKD(OneStageMethod):
             self.align, self.restore = nn.Linear(student_dim, teacher_dim), convolutions(teacher_dim)
             self.mask_token = nn.Parameter(torch.zeros(teacher_dim))
 
-    def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
-        batch, tokens = student.patches.shape[:2]
+    def terms(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        batch = len(student.patches)
         terms = {}
         if self.needs_blocks:
             blocks = zip(self.mimic, student.blocks, teacher.blocks, strict=True)
@@ -176,10 +181,10 @@ class ViTKD(OneStageMethod):
             terms["mimic"] = sum(errors) / batch
         if self.align is not None:
             aligned = self.align(student.patches)
-            hidden = random_positions(batch, tokens, self.mask_ratio, aligned.device)[..., None]
-            aligned = torch.where(hidden, self.mask_token.to(aligned.dtype), aligned)
+            replaced = hidden[..., None]
+            aligned = torch.where(replaced, self.mask_token.to(aligned.dtype), aligned)
             restored = self.restore(aligned.transpose(1, 2).unflatten(2, student.grid)).flatten(2).transpose(1, 2)
-            error = (restored.float() - teacher.patches.float()).square().masked_fill(~hidden, 0.0)
+            error = (restored.float() - teacher.patches.float()).square().masked_fill(~replaced, 0.0)
             terms["generation"] = error.sum() / (self.mask_ratio * batch)
         return terms
 

@@ -43,11 +43,12 @@ class OneStageMethod(nn.Module, ABC):
     """Base of the methods that distil while the task is learned: named terms, added up with their weights.
 
     Whatever is trained gets a gradient in every forward, as gradient reduction over processes expects. Terms of weight
-    0 are neither computed nor given parameters. Random masks come from torch's generator of the device.
+    0 are neither computed nor given parameters.
 
     Attributes:
         needs_logits: whether both networks' class scores are compared.
         needs_blocks: 1-based places of the blocks whose tokens are compared, the same ones in both networks.
+        mask_ratio: part r of each sample's positions that are hidden from the student's features; 0 hides none.
 
     Args:
         num_labels: K, the classes that logits have. weights: of the terms, by name.
@@ -58,6 +59,7 @@ class OneStageMethod(nn.Module, ABC):
 
     needs_logits: bool = False
     needs_blocks: tuple[int, ...] = ()
+    mask_ratio: float = 0.0
 
     def __init__(self, num_labels: int, weights: dict[str, float]):
         super().__init__()
@@ -72,14 +74,28 @@ class OneStageMethod(nn.Module, ABC):
         return bool(set(self.weights) - {"logits", "mimic"})
 
     @abstractmethod
-    def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
-        """Return the unweighted terms by name, each a scalar in fp32; the teacher's features have no graph."""
+    def terms(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the unweighted terms by name, each a scalar in fp32.
+
+        Args:
+            student, teacher: the latter's features have no graph. hidden: B×N bool, True where a position is hidden;
+                None where none is.
+        """
 
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raise `InputError` if the method cannot work on maps of (h, w) tokens; most can on any."""
 
-    def forward(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
+    def forward(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Compare the features of one batch.
+
+        Args:
+            student, teacher: their features of the same B images.
+            hidden: B×N bool, True at the ⌊r·N⌋ positions of each sample that are hidden; None lets a method with a
+                ``mask_ratio`` draw them from torch's generator of the device.
 
         Returns:
             The unweighted terms by name, and ``total``, their weighted sum; the task's own loss is not in it. In fp32,
@@ -89,7 +105,16 @@ class OneStageMethod(nn.Module, ABC):
             InputError: features that are missing or do not fit together.
         """
         self._check(student, teacher)
-        terms = self.terms(student, teacher.detached())
+        shape = tuple(student.patches.shape[:2])
+        if not self.mask_ratio:
+            hidden = None
+        elif hidden is None:
+            hidden = random_positions(*shape, self.mask_ratio, student.patches.device)
+        elif tuple(hidden.shape) != shape:
+            raise InputError(
+                f"{type(self).__name__}: hidden has to say of {shape[0]}×{shape[1]} tokens, got {tuple(hidden.shape)}"
+            )
+        terms = self.terms(student, teacher.detached(), hidden)
         return terms | {"total": sum(self.weights[name] * term for name, term in terms.items())}
 
     def _check(self, student: Features, teacher: Features) -> None:

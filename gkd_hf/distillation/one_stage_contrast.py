@@ -12,7 +12,6 @@ from gkd_hf.distillation.one_stage_base import (
     check_positive,
     convolutions,
     pixel_divergence,
-    random_positions,
 )
 from gkd_hf.errors import InputError
 
@@ -89,11 +88,14 @@ class AugmentationFreeContrast(OneStageMethod):
                 f"one {self.patch}×{self.patch} patch; take a larger image, or pool · patch ≤ {min(grid)}"
             )
 
-    def terms(self, student: Features, teacher: Features) -> dict[str, torch.Tensor]:
+    def terms(
+        self, student: Features, teacher: Features, hidden: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         aligned, target = self.align(student.patch_map()), teacher.patch_map().float()
         batch, _, height, width = aligned.shape
-        hidden = random_positions(batch, height * width, self.mask_ratio, aligned.device)
-        restored = self.restore(aligned.masked_fill(hidden.view(batch, 1, height, width), 0.0)).float()
+        if hidden is not None:
+            aligned = aligned.masked_fill(hidden.view(batch, 1, height, width), 0.0)
+        restored = self.restore(aligned).float()
         terms = {}
         if self.needs_logits:
             terms["logits"] = pixel_divergence(student.logits, teacher.logits, self.logits_temperature)

@@ -37,6 +37,7 @@ class OneStageDistiller(nn.Module):
         teacher_blocks: tuple[torch.Tensor, ...],
         teacher_logits: torch.Tensor | None,
         grid: tuple[int, int],
+        hidden: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses of a batch of B images.
 
@@ -44,6 +45,7 @@ class OneStageDistiller(nn.Module):
             pixel_values: B×3×H×W. labels: B×H×W train ids.
             teacher_patches: B×N×C_t on the (h, w) ``grid``, N = h·w. teacher_blocks: B×N×C_t each, those the method
                 needs. teacher_logits: B×K×h'×w' if it needs them.
+            hidden: B×N bool, positions that the method hides; None lets it draw them.
 
         Returns:
             ``total``, ``task``, the decode head's own terms, and the method's terms, unweighted.
@@ -58,6 +60,6 @@ class OneStageDistiller(nn.Module):
             tuple(resample_tokens(tokens, own, grid) for tokens in output.student.blocks or ()),
             output.logits,
         )
-        terms = self.method(student, Features(teacher_patches, grid, teacher_blocks, teacher_logits))
+        terms = self.method(student, Features(teacher_patches, grid, teacher_blocks, teacher_logits), hidden)
         distilled = terms.pop("total")
         return {"total": output.loss + distilled, "task": output.loss, **(output.loss_terms or {}), **terms}

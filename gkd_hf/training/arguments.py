@@ -103,7 +103,7 @@ class GKDDistillationArguments(StageArguments):
         sync_batch_norm: share batch statistics between processes (CUDA only).
 
     Raises:
-        InputError: a value outside its range.
+        InputError: a value outside its range; Proteus with a patch loss, and nothing masked.
     """
 
     learning_rate: float | None = field(default=None, metadata={"help": "None: 5e-4 · global batch / 512."})
@@ -138,6 +138,7 @@ class GKDDistillationArguments(StageArguments):
         weights = (self.token_weight, self.feature_weight, self.patch_weight)
         if min(weights) < 0 or not any(weights):
             raise InputError(f"token_weight, feature_weight and patch_weight must be ≥ 0 and not all 0, got {weights}")
+        self.check_masked()
         if self.attention_scale <= 0:
             raise InputError(f"attention_scale must be positive, got {self.attention_scale}")
         wanted, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
@@ -145,6 +146,25 @@ class GKDDistillationArguments(StageArguments):
         self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}
+
+    def check_masked(self, num_patches: int | None = None) -> None:
+        """Raise `InputError` if Proteus, whose patch loss is on masked patches alone, would mask none.
+
+        Args:
+            num_patches: N of an image; None where it is not known yet.
+        """
+        if self.objective != "proteus" or not self.patch_weight:
+            return
+        batch, nudge = self.per_device_train_batch_size, 1e-9  # as in `random_masks`
+        samples = int(self.mask_probability * batch + nudge)
+        patches = self.mask_ratio if num_patches is None else int(self.mask_ratio * num_patches + nudge)
+        if not samples or not patches:
+            of = "the" if num_patches is None else num_patches
+            raise InputError(
+                f"proteus computes its patch loss on masked patches, and none would be: mask_probability "
+                f"{self.mask_probability:g} of a device batch of {batch}, mask_ratio {self.mask_ratio:g} of {of} "
+                "patches; raise them, or set patch_weight to 0"
+            )
 
 
 @dataclass

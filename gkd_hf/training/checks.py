@@ -52,8 +52,8 @@ def check_output_dir(folder: Path) -> None:
         raise InputError(f"output_dir '{folder}': only {free // 2**20} MiB are free on that disk; choose another")
 
 
-def check_grids(student: GKDStudentModel, teachers: Sequence[GKDTeacher], image_size: int) -> None:
-    """Raise `InputError` if a teacher cannot give its tokens on the grid the losses are computed on."""
+def check_grids(student: GKDStudentModel, teachers: Sequence[GKDTeacher], image_size: int) -> tuple[int, int]:
+    """Return the grid the losses are computed on; raise `InputError` if a teacher cannot give its tokens on it."""
     stride = student.adapter.stride
     if image_size < 2 * stride:
         raise InputError(f"image_size {image_size} leaves the student a single token: {2 * stride} is the least")
@@ -62,6 +62,7 @@ def check_grids(student: GKDStudentModel, teachers: Sequence[GKDTeacher], image_
         grid = (image_size // student.adapter.stride,) * 2
     for teacher in teachers:
         teacher.fit_geometry(image_size, grid)
+    return grid
 
 
 def train_steps(data: RecipeData, name: str, stage: StageRecipe) -> int:

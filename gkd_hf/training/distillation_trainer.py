@@ -25,7 +25,7 @@ from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 from gkd_hf.training.artefacts import write_encoder
 from gkd_hf.training.new_heads import check_objective, new_objective
-from gkd_hf.training.numbered_samples import PLACE
+from gkd_hf.training.numbered_samples import places_of
 from gkd_hf.training.process_group import several
 from gkd_hf.training.sharding import share_buffers, under, whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
@@ -49,20 +49,15 @@ class MaskingCollator:
         self.sample_probability = arguments.mask_probability
         self.patch_ratio = arguments.mask_ratio
         self.seed = arguments.seed
+        self.rank = arguments.process_index
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what `collate` does without labels, with grid (h, w), mask_rows M and masks M×(h·w)."""
         batch = collate([{key: sample[key] for key in sample if key != "labels"} for sample in samples])
         height, width = batch["pixel_values"].shape[-2:]
         grid = (max(1, round(height / self.stride)), max(1, round(width / self.stride)))
-        # A data set's samples may have an `index` of their own, beside the place in the order that they are given.
-        place = PLACE if PLACE in samples[0] else "index"
-        if place in samples[0]:
-            indices = [int(sample[place]) for sample in samples]
-        else:  # a stream of the user's own does not tell places in the order: the random state decides
-            indices = torch.randint(2**62, (len(samples),)).tolist()
         rows, masks = random_masks(
-            indices,
+            places_of(samples, self.rank),
             grid[0] * grid[1],
             sample_probability=self.sample_probability,
             patch_ratio=self.patch_ratio,
@@ -196,6 +191,7 @@ class GKDDistillationTrainer(StreamTrainer):
         self._follow_query_warmup()
         self.note_bad_rows(inputs.get("bad_rows", []))
         pixel_values, grid = self._pixels(inputs), tuple(inputs["grid"])
+        self.args.check_masked(grid[0] * grid[1])
         taught = self.teach(pixel_values, grid)
         patches, cls = tuple(each.patches for each in taught), tuple(each.cls for each in taught)
         if not isinstance(self.objective, MultiTeacherObjective):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,19 @@ def numbered_samples(samples: Dataset, arguments: TrainingArguments) -> Numbered
         return None
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return NumberedSamples(samples, PassOrder(len(samples), seed, shuffle))
+
+
+def places_of(samples: Sequence[Any], rank: int) -> list[int]:
+    """Return the places of a device batch's samples in the run's order, by which masks are drawn.
+
+    A stream of the user's own does not tell them: then torch's generator decides, which all processes begin alike, and
+    ``rank``, this process's, keeps theirs apart.
+    """
+    # A data set's samples may have an `index` of their own, beside the place in the order that they are given.
+    place = PLACE if PLACE in samples[0] else "index"
+    if place in samples[0]:
+        return [int(sample[place]) for sample in samples]
+    return [number + rank for number in torch.randint(2**62, (len(samples),)).tolist()]
 
 
 def _numbered(sample: Any, place: int) -> Any:

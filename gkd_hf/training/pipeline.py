@@ -40,6 +40,7 @@ from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.one_stage import (
     TEACHER_HEAD,
     check_one_stage,
+    common_grid,
     new_method,
     new_teacher,
     teacher_as_student,
@@ -154,19 +155,19 @@ class Pipeline:
             device_batch(name, stage, self.state.num_processes)
             train_steps(self.data, name, stage)
             try:
-                self._stage_arguments(name, stage)
+                arguments = self._stage_arguments(name, stage)
                 student = student or new_student(self.recipe)
                 student.set_geometry(stage.image_size, stage.patch_size)
                 if isinstance(stage, DistillationRecipe):
                     teachers = teachers or self._teachers()
-                    check_grids(student, teachers, stage.image_size)
+                    height, width = check_grids(student, teachers, stage.image_size)
+                    arguments.check_masked(height * width)
                     trained = student
                 else:
                     for each in self._task_trainings():
                         self._stage_arguments(each, stage)
-                    for method in self.recipe.one_stage:
-                        teachers = teachers or self._teachers()
-                        check_one_stage(self.recipe, method, student, teachers[0], stage.image_size)
+                    teachers = []  # the last stage: its checks load others
+                    self._check_one_stage(student, stage)
                     trained = self._new_segmenter(student, stage)
                     trained.freeze_encoder(
                         not any(encoder_is_trained(self.recipe, each) for each in self._task_trainings())
@@ -176,6 +177,22 @@ class Pipeline:
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
         self.facts.commits = resolved_commits(self.recipe)
+
+    def _check_one_stage(self, student: GKDStudentModel, stage: TaskRecipe) -> None:
+        """Bring a teacher of their own to the geometry of the one-stage methods, and build its head."""
+        if not self.recipe.one_stage:
+            return
+        teacher = new_teacher(self.recipe)
+        for method in self.recipe.one_stage:
+            check_one_stage(self.recipe, method, student, teacher, stage.image_size)
+        teacher.fit_geometry(stage.image_size, common_grid(student, teacher, stage.image_size))
+        if self.recipe.needs_teacher_head:
+            del teacher
+            try:
+                encoder, _ = teacher_as_student(self.recipe, student, stage.image_size)
+                self._new_segmenter(encoder, stage)
+            except InputError as error:
+                raise InputError(f"the teacher's head: {error}") from error
 
     # -- stages -------------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,9 @@ class TaskRecipe(StageRecipe):
     stride: int = 341
     window_batch_size: int = 4
     evaluation_images: int | None = None  # at most so many of each domain
-    freeze_encoder: bool = True  # of methods with label-free stages; False lets the distilled encoder learn the task
+    # Of gkd, mse and proteus: False lets the distilled encoder learn the task, too. It has no effect on other methods
+    # and on baselines, which always train it.
+    freeze_encoder: bool = True
     # Where the encoder is trained, too (baselines, one-stage methods, method none, freeze_encoder: false):
     baseline_learning_rate: float | None = None  # of the head; None: learning_rate
     baseline_encoder_learning_rate: float = 1e-5

@@ -103,7 +103,7 @@ def _check_teachers(recipe: Recipe, origin: str) -> None:
             raise InputError(f"{origin}: {recipe.one_stage[0]} learns from one teacher: give teacher, not teachers")
     elif recipe.teacher is None and recipe.one_stage:
         raise InputError(f"{origin}: {recipe.one_stage[0]} needs a teacher: add teacher.name")
-    elif recipe.teacher is None and recipe.method in LABEL_FREE_METHODS and any(recipe.stages.distillation()):
+    elif recipe.teacher is None and _has_label_free_stages(recipe):
         raise InputError(f"{origin}: the label-free stages need a teacher: add teacher.name")
     found: dict[Any, str] = {}
     for key, teacher in recipe.all_teachers.items():
@@ -125,6 +125,13 @@ def _check_one_stage(recipe: Recipe, origin: str) -> None:
     if recipe.kd.target not in KD_TARGETS:
         hint = nearest(recipe.kd.target, KD_TARGETS)
         raise InputError(f"{origin}: kd.target is {recipe.kd.target!r}{hint} (available: {', '.join(KD_TARGETS)})")
+    if recipe.one_stage and recipe.teacher is not None and not _has_label_free_stages(recipe):
+        for key, value in ("sharding", "always"), ("standardise", True):
+            if recipe.teacher.__dict__[key] == value:
+                raise InputError(
+                    f"{origin}: teacher.{key} is {str(value).lower()}, which only label-free stages look at, and this "
+                    f"run ({', '.join(recipe.one_stage)}) has none: leave it out"
+                )
     head = recipe.stages.task.decode_head if recipe.stages.task is not None else None
     kind = head.get("type") if isinstance(head, Mapping) else head
     if recipe.needs_teacher_head and kind == "mask2former":
@@ -133,6 +140,10 @@ def _check_one_stage(recipe: Recipe, origin: str) -> None:
             "class, and stages.task.decode_head mask2former scores masks: take linear, upernet or dpt, or compare "
             "features alone (kd.target=features, cwd.logits_weight=0, af_dcd.logits_weight=0)"
         )
+
+
+def _has_label_free_stages(recipe: Recipe) -> bool:
+    return recipe.method in LABEL_FREE_METHODS and any(recipe.stages.distillation())
 
 
 def _check_hub(recipe: Recipe, origin: str) -> None:

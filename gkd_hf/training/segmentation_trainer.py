@@ -101,14 +101,14 @@ class GKDSegmentationTrainer(StreamTrainer):
         self.note_bad_rows(inputs.get("bad_rows", []))
         streamed = isinstance(self.train_dataset, SampleStream)
         pixels = self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
-        losses = self.losses(model, pixels, inputs["labels"].long())
+        losses = self.losses(model, pixels, inputs)
         self.watch(losses)
         return (losses["total"], losses) if return_outputs else losses["total"]
 
-    def losses(self, model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the named losses of B×3×H×W normalised pixels with B×H×W labels, ``total`` among them."""
+    def losses(self, model: nn.Module, pixels: torch.Tensor, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the named losses of B×3×H×W normalised pixels, ``total`` among them; the batch has B×H×W labels."""
         with self.autocast():
-            outputs = model(pixel_values=pixels, labels=labels)
+            outputs = model(pixel_values=pixels, labels=inputs["labels"].long())
         return {"total": outputs.loss, **(outputs.loss_terms or {})}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -143,6 +143,10 @@ class GKDSegmentationTrainer(StreamTrainer):
             **settings,
         )
         return self.optimizer
+
+    def card_settings(self) -> dict[str, Any]:
+        """What a card can tell, in a recipe's keys: a trained encoder is that of method none."""
+        return super().card_settings() | ({} if self.args.freeze_encoder else {"method": "none"})
 
     # -- for others ---------------------------------------------------------------------------------------------------
 

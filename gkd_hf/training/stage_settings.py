@@ -30,15 +30,18 @@ def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
             settings |= {"method": recipe.method} | _teacher_settings(recipe)
         else:
             trained = {key: value for key, value in own.items() if not key.startswith("baseline_")}
+            # What is trained end to end, or on the frozen teacher, is so whatever freeze_encoder says of the method.
+            whole, head = (_without_freezing(keys) for keys in (own, trained))
             if recipe.needs_teacher_head:
-                head = settings | {"stages": {name: trained}, "teacher": dataclasses.asdict(recipe.teacher)}
+                head = settings | {"stages": {name: head}, "teacher": _one_stage_teacher(recipe)}
                 folders[TEACHER_HEAD] = StageFolder(output_dir / "stages" / TEACHER_HEAD, head)
+            end_to_end = settings | {"stages": {name: whole}}
             for baseline in recipe.baselines:
                 folders[baseline] = StageFolder(
-                    output_dir / "baselines" / baseline, settings | _method_settings(recipe, baseline)
+                    output_dir / "baselines" / baseline, end_to_end | _method_settings(recipe, baseline)
                 )
             if METHODS[recipe.method].kind != "label_free":
-                settings |= _method_settings(recipe, recipe.method)
+                settings = end_to_end | _method_settings(recipe, recipe.method)
             elif stage.freeze_encoder:
                 settings |= {"stages": {name: trained}}
         settings |= {"stage_before": before}
@@ -59,8 +62,17 @@ def _method_settings(recipe: Recipe, method: str) -> dict[str, Any]:
     """What a method that learns the task from the first step on adds; nothing for the student alone."""
     if method not in ONE_STAGE_METHODS:
         return {}
-    teacher = {"method": method, "teacher": dataclasses.asdict(recipe.teacher)}
+    teacher = {"method": method, "teacher": _one_stage_teacher(recipe)}
     return teacher | {method: recipe.method_settings(method)}
+
+
+def _one_stage_teacher(recipe: Recipe) -> dict[str, Any]:
+    """The teacher's keys but `standardise`, which the label-free stages alone look at."""
+    return {key: value for key, value in dataclasses.asdict(recipe.teacher).items() if key != "standardise"}
+
+
+def _without_freezing(stage: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key != "freeze_encoder"}
 
 
 def _data_settings(recipe: Recipe, data: RecipeData, stage: StageRecipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from gkd_hf.data.streaming import SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.teacher import GKDTeacher
-from gkd_hf.training.arguments import GKDDistillationArguments
+from gkd_hf.training.arguments import GKDDistillationArguments, StageArguments
 from gkd_hf.training.numbered_samples import numbered_samples
 
 STATISTICS_IMAGES = 64  # of the training's first, from which the statistics of the tokens are estimated
@@ -42,6 +42,15 @@ def as_teachers(given: GKDTeacher | str | os.PathLike | Sequence[GKDTeacher | st
                     "count for more"
                 )
     return teachers
+
+
+def check_precision(teacher: GKDTeacher, args: StageArguments) -> None:
+    """Raise `InputError` if a teacher's weights are bf16 already, in a training in fp32."""
+    if teacher.halved and not args.bf16:
+        raise InputError(
+            "the teacher's weights are bf16 (made so by halve() or by an earlier training in bf16), this training "
+            f"is in fp32: give it a new {type(teacher).__name__}, or set bf16=True"
+        )
 
 
 class Teaching:
@@ -76,11 +85,7 @@ class Teaching:
 
     def _prepare(self, teacher: GKDTeacher) -> None:
         args = self.args
-        if teacher.halved and not args.bf16:
-            raise InputError(
-                "the teacher's weights are bf16 (made so by halve() or by an earlier training in bf16), this training "
-                "is in fp32: give it a new GKDTeacher, or set bf16=True"
-            )
+        check_precision(teacher, args)
         if args.bf16 and not teacher.sharded:
             teacher.halve()
         if not self._is_shared(teacher):

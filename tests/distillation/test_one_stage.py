@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from gkd_hf.distillation import one_stage, one_stage_contrast
 from gkd_hf.distillation.one_stage import (
     ONE_STAGE,
     AugmentationFreeContrast,
@@ -147,11 +146,10 @@ def contrast_in_loops(restored: torch.Tensor, target: torch.Tensor, patch: int, 
     return total / places
 
 
-def test_af_dcd_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_af_dcd_by_hand() -> None:
     """Two samples of 4×10 tokens pool to 2×5: two 2×2 patches, the fifth column left over; two groups of two."""
     torch.manual_seed(0)
     hidden = torch.rand(2, 40) < 0.4
-    monkeypatch.setattr(one_stage_contrast, "random_positions", lambda *args: hidden)
     own, other = torch.randn(2, 3, 4, 10), torch.randn(2, 4, 4, 10)
     logits, scores = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
     method = AugmentationFreeContrast(
@@ -165,7 +163,7 @@ def test_af_dcd_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         if not hidden[b, y * 10 + x - 1]:  # the neighbour to the left, negative values cut, times −2
             aligned = sum(weight[c, k] * own[b, k, y, x - 1] for k in range(3)) + bias[c]
             restored[b, c, y, x] = -2 * max(0.0, aligned.item())
-    losses = method(of_map(own, logits=logits), of_map(other, logits=scores))
+    losses = method(of_map(own, logits=logits), of_map(other, logits=scores), hidden)
     feature = sum(d**2 for d in (restored - other).flatten().tolist()) / 2
     contrast = contrast_in_loops(pooled(restored, 2), pooled(other, 2), 2, 2, 1.5)
     of_logits = sum(
@@ -178,11 +176,10 @@ def test_af_dcd_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses["total"].item() == pytest.approx(of_logits / 8 + 0.01 * feature + 0.1 * contrast, rel=1e-4)
 
 
-def test_vitkd_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vitkd_by_hand() -> None:
     """Two samples of a 2×3 grid; half of the places replaced, each seen through its left neighbour."""
     torch.manual_seed(0)
     hidden = torch.tensor([[1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
-    monkeypatch.setattr(one_stage, "random_positions", lambda *args: hidden)
     own, other = torch.randn(3, 2, 6, 2), torch.randn(3, 2, 6, 3)
     method = ViTKD(2, 3, 19, mimic_weight=0.1, generation_weight=0.01)
     weights, biases = torch.randn(3, 3, 2), torch.randn(3, 3)
@@ -211,7 +208,7 @@ def test_vitkd_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             left = [1.0, -1.0, 2.0] if hidden[b, y * 3 + x - 1] else projected(2, b, y * 3 + x - 1)
         generation += sum((3 * max(0.0, left[c]) - other[2, b, y * 3 + x, c].item()) ** 2 for c in range(3))
     losses = method(
-        Features(own[2], (2, 3), blocks=tuple(own[:2])), Features(other[2], (2, 3), blocks=tuple(other[:2]))
+        Features(own[2], (2, 3), blocks=tuple(own[:2])), Features(other[2], (2, 3), blocks=tuple(other[:2])), hidden
     )
     assert losses["mimic"].item() == pytest.approx(mimic / 2, rel=1e-4)
     assert losses["generation"].item() == pytest.approx(generation / (0.5 * 2), rel=1e-4)

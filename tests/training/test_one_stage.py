@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from gkd_hf import (
     GKDSegmentationArguments,
@@ -37,13 +37,20 @@ TEACHER = ENCODERS["dinov2"]
 SMALL = {"af_dcd": {"pool": 1, "patch": 2, "groups": 4}}
 
 
+def teacher_and_segmenter(num_labels: int = 8) -> tuple[PreTrainedConfig, GKDStudentForSemanticSegmentation]:
+    """A teacher by its configuration, and a segmenter on its very weights if it is built at once."""
+    set_seed(1)
+    body = GKDStudentModel.from_encoder(TEACHER)
+    segmenter = GKDStudentForSemanticSegmentation.from_student(body, num_labels=num_labels)
+    set_seed(1)
+    return config_from_mapping(TEACHER), segmenter
+
+
 def one_stage_trainer(folder: Path, name: str, kind: str = "resnet", **changes: Any) -> GKDOneStageTrainer:
     set_seed(0)
     student = GKDStudentModel.from_encoder(ENCODERS[kind])
     model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=8)
-    body = GKDStudentModel.from_encoder(TEACHER)
-    segmenter = GKDStudentForSemanticSegmentation.from_student(body, num_labels=8)
-    teacher = TaskTeacher(TEACHER, segmenter)
+    teacher = TaskTeacher(*teacher_and_segmenter())
     settings = SMALL.get(name, {}) | changes.pop("settings", {})
     method = ONE_STAGE[name](student.adapter.width, teacher.width, 8, **settings)
     args = arguments(GKDSegmentationArguments, folder, freeze_encoder=False, window=SIZE, stride=SIZE, **changes)
