@@ -25,7 +25,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import scores
 from gkd_hf.evaluation.report_figure import FigureCell, FigureRow, draw_report
 from gkd_hf.evaluation.report_text import box_table, flatten, markdown_table, percent, signed, write_whole
-from gkd_hf.methods import FROZEN, METHODS, method_title
+from gkd_hf.methods import FROZEN, METHODS, UNDISTILLED, encoder_learns_task, method_title
 
 if TYPE_CHECKING:
     from gkd_hf.data.domains import LabelSpace
@@ -70,7 +70,8 @@ class DomainReport:
         source: the source domain, or several joined by "+". Results of these domains are the held-out check of the
             source; those of all other domains are targets.
         label_space: names and colours of the classes.
-        settings: the resolved recipe, or any nested mapping that tells how the run was made.
+        settings: the resolved recipe, or any nested mapping that tells how the run was made; its
+            stages.task.freeze_encoder says of a label-free method whether the encoder learned the task, too.
         seed: the run's seed.
         method: one of `METHODS`, or "frozen".
     """
@@ -82,8 +83,14 @@ class DomainReport:
         self.label_space = label_space
         self.settings = settings
         self.seed = seed
-        self.method = FROZEN if method == FROZEN else method_title(method)
-        self._student = "as it was, its encoder frozen" if method == FROZEN else METHODS[method].student
+        unfrozen = encoder_learns_task({**settings, "method": "gkd" if method == FROZEN else method})
+        if method == FROZEN:
+            self.method = UNDISTILLED if unfrozen else FROZEN
+            self._student = METHODS["none"].student if unfrozen else "as it was, its encoder frozen"
+        else:
+            self.method, self._student = method_title(method), METHODS[method].student
+            if METHODS[method].kind == "label_free" and unfrozen:
+                self._student += ", then trained end to end with its head"
         self.results: dict[str, DomainResult] = {}
         self.baselines: dict[str, dict[str, DomainResult]] = {}
         self.skipped_rows: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 from gkd_hf.data.domains import Domain, domain, domain_names
 from gkd_hf.data.shards import is_hub_id
+from gkd_hf.methods import uses_teacher
 
 PERMISSIVE = "apache-2.0"
 OTHER_NAME = "terms-of-data-and-teacher"
@@ -45,13 +46,17 @@ class Licence:
 
 
 def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
-    """Everything whose terms bind the student: the domains it was trained on, its teachers, its first weights."""
+    """Everything whose terms bind the student: the domains it was trained on, its teachers, its first weights.
+
+    A teacher that only a baseline learns from is among them, and said to be that baseline's.
+    """
     found: dict[str, Terms] = {}
     for stage in (settings.get("stages") or {}).values():
         if stage is not None:
             found |= {name: data_terms(settings, name, "trained on") for name in domain_names(stage["data"])}
     terms = list(found.values()) or [Terms("trained on", "images", "unknown here: no recipe names them", "")]
-    terms += [weight_terms(teacher["name"], "teacher") for teacher in teacher_settings(settings)]
+    role = "teacher" if teacher_settings({**settings, "baselines": []}) else "teacher of a baseline"
+    terms += [weight_terms(teacher["name"], role) for teacher in teacher_settings(settings)]
     student = settings.get("student") or {}
     if student.get("pretrained") and isinstance(student.get("encoder"), str):
         terms.append(weight_terms(student["encoder"], "student's first weights"))
@@ -59,7 +64,12 @@ def ingredients(settings: Mapping[str, Any]) -> list[Terms]:
 
 
 def teacher_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A recipe's entry of its teacher, or of each where it has several."""
+    """A recipe's entry of its teacher, or of each where it has several; none if no method and no baseline uses it."""
+    stages = settings.get("stages")
+    # A label-free trainer that was used without a recipe knows its teacher and no stages.
+    label_free = stages is None or any(stage for name, stage in stages.items() if name != "task")
+    if not uses_teacher([settings.get("method", "gkd"), *(settings.get("baselines") or [])], label_free):
+        return []
     return list(settings.get("teachers") or ([settings["teacher"]] if settings.get("teacher") else []))
 
 

@@ -33,7 +33,15 @@ from gkd_hf.hub.licences import (
 )
 from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
-from gkd_hf.methods import FROZEN, METHODS, method_title
+from gkd_hf.methods import (
+    FROZEN,
+    METHODS,
+    UNDISTILLED,
+    compares_logits,
+    encoder_learns_task,
+    method_kind,
+    method_title,
+)
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card" / "TEMPLATE.md"
 ARXIV = "2603.02554"
@@ -41,7 +49,12 @@ STAGES = {
     "task_agnostic": ("broad images, no labels", "the student, to give the teacher's tokens"),
     "domain_agnostic": ("the source domain's images, no labels", "the student, to give the teacher's tokens"),
     "task": ("the source domain's images and labels", "the decode head; the student is frozen"),
+    "teacher_head": (
+        "the source domain's images and labels",
+        "a head on the frozen teacher, whose logits are compared",
+    ),
 }
+END_TO_END = "student and head, end to end"
 # The configuration classes say what they are; people use these names.
 MODEL_TITLES = {
     "clip_vision_model": "CLIP vision tower",
@@ -150,7 +163,9 @@ class GKDModelCard:
         licence = derived_licence({**settings, **chosen}, page)
         base = self._student_id
         segmenter = self.artefact == "segmenter"
-        tags = ["gkd", "knowledge-distillation", "domain-generalization", "semantic-segmentation", f"arxiv:{ARXIV}"]
+        tags = ["gkd", "domain-generalization", "semantic-segmentation", f"arxiv:{ARXIV}"]
+        if self._kind not in (FROZEN, "plain"):
+            tags.insert(1, "knowledge-distillation")
         results = self._eval_results()
         extra: dict[str, Any] = {}
         if base is not None:
@@ -237,6 +252,7 @@ class GKDModelCard:
             "head": self.facts.segmenter.decode_head if self.facts.segmenter else "",
             "method": self._column,
             "kind": self._kind,
+            "frozen": not encoder_learns_task(self._settings),
             "student": self._student(),
             "teacher": self._teacher(),
             "source": task["data"] if task else None,
@@ -319,19 +335,23 @@ class GKDModelCard:
         return ["domain", *columns, *gain, "images"], rows
 
     @property
+    def _settings(self) -> Mapping[str, Any]:
+        return self.facts.settings or (self.report or {}).get("settings", {})
+
+    @property
     def _kind(self) -> str:
-        """How the student came to be: the kind of its method, or "frozen" where no stage distilled it."""
-        settings = self.facts.settings or (self.report or {}).get("settings", {})
-        kind = METHODS[settings.get("method", "gkd")].kind
-        stages = settings.get("stages")
-        if kind == "label_free" and stages is not None:
-            return kind if any(stage for name, stage in stages.items() if name != "task") else FROZEN
-        return kind
+        """How the student came to be: the kind of its method, or what it is where no label-free stage distilled it."""
+        kind, stages = method_kind(self._settings.get("method", "gkd")), self._settings.get("stages")
+        if kind != "label_free" or stages is None or any(stage for name, stage in stages.items() if name != "task"):
+            return kind
+        return "plain" if encoder_learns_task(self._settings) else FROZEN
 
     @property
     def _column(self) -> str:
-        settings = self.facts.settings or (self.report or {}).get("settings", {})
-        return FROZEN if self._kind == FROZEN else method_title(settings.get("method", "gkd"))
+        method = self._settings.get("method", "gkd")
+        if self._kind == FROZEN:
+            return FROZEN
+        return UNDISTILLED if self._kind == "plain" != method_kind(method) else method_title(method)
 
     def by_domain(self) -> str:
         """Markdown table of mean IoU by domain."""
@@ -366,10 +386,19 @@ class GKDModelCard:
         names = [
             name for name, stage in (settings.get("stages") or dict.fromkeys(list(STAGES)[:3], True)).items() if stage
         ]
-        rows = [[f"`{name}`", *STAGES[name]] for name in names]
+        method, labelled = settings.get("method", "gkd"), STAGES["task"][0]
+        baselines = settings.get("baselines") or []
         if self._kind in ("one_stage", "plain"):
-            rows = [["`task`", STAGES["task"][0], METHODS[settings["method"]].trains]]
-        rows += [[f"`{name}`", STAGES["task"][0], METHODS[name].trains] for name in settings.get("baselines") or []]
+            names = ["task"]
+        rows = [[f"`{name}`", *STAGES[name]] for name in names]
+        if self._kind == "one_stage":
+            trains = METHODS[method].trains if method in METHODS else f"{END_TO_END}, by {method}"
+            rows = [["`task`", labelled, trains]]
+        elif names[-1] == "task" and encoder_learns_task(settings):
+            rows[-1] = ["`task`", labelled, END_TO_END]
+        if any(compares_logits(name, settings.get(name) or {}) for name in (method, *baselines)):
+            rows.insert(len(rows) - 1, ["`teacher_head`", *STAGES["teacher_head"]])
+        rows += [[f"`{name}`", labelled, METHODS[name].trains] for name in baselines]
         return markdown_table(["stage", "data", "what is trained"], rows, align="---")
 
     def _stage_table(self) -> str | None:
@@ -377,7 +406,8 @@ class GKDModelCard:
             return None
         rows = []
         for name, stage in self.facts.stages.items():
-            recipe = (self.facts.settings.get("stages") or {}).get("task" if name == "none" else name) or {}
+            stages = self.facts.settings.get("stages") or {}
+            recipe = stages.get(name) or stages.get("task") or {}  # baselines and the teacher's head are as the task
             losses = ", ".join(f"{key.removeprefix('loss_')} {value:.4g}" for key, value in stage.losses.items())
             data = recipe.get("data", "–")
             rows.append(

@@ -77,8 +77,7 @@ def _save_pictures(place: Path, report: DomainReport, facts: RunFacts) -> None:
 def resolved_commits(recipe: Recipe) -> dict[str, str]:
     """The Hub commits behind the names in a recipe whose models were loaded, as far as they can be found out."""
     named = {"student": (recipe.student.encoder, recipe.student.revision)}
-    if any(True for _ in recipe.stages.distillation()):
-        named |= {key: (each.name, each.revision) for key, each in recipe.all_teachers.items()}
+    named |= {key: (each.name, each.revision) for key, each in recipe.used_teachers.items()}
     found: dict[str, str] = {}
     for role, (name, revision) in named.items():
         # A student may be a configuration in the recipe, and `toy` is the teacher in the package.

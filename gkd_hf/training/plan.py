@@ -17,7 +17,7 @@ from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
-from gkd_hf.methods import METHODS
+from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for
 from gkd_hf.models.loading import config_from_mapping, read_config
@@ -115,7 +115,7 @@ def plan(recipe: Recipe) -> str:
     teachers = planned_teachers(recipe)
     lines = [f"Plan of {recipe.output_dir} (method {recipe.method}, seed {recipe.seed})", ""]
     lines += _encoder_lines("student", student)
-    for encoder, given in zip(teachers, recipe.all_teachers.values(), strict=True):
+    for encoder, given in zip(teachers, recipe.used_teachers.values(), strict=True):
         weight = f", weight {given.weight:g}" if isinstance(given, WeightedTeacherRecipe) else ""
         lines += _encoder_lines("teacher (frozen)", encoder, f", geometry {given.geometry}{weight}")
     for name, stage in recipe.stages:
@@ -131,8 +131,8 @@ def plan(recipe: Recipe) -> str:
 
 
 def planned_teachers(recipe: Recipe) -> list[PlannedEncoder]:
-    """The recipe's teachers; see `planned_encoder`."""
-    return [planned_encoder(teacher.name, True) for teacher in recipe.all_teachers.values()]
+    """The teachers that the recipe's methods learn from; see `planned_encoder`."""
+    return [planned_encoder(teacher.name, True) for teacher in recipe.used_teachers.values()]
 
 
 def planned_encoder(source: str | Mapping[str, Any], pretrained: bool) -> PlannedEncoder:
@@ -331,9 +331,12 @@ def _download_lines(recipe: Recipe, encoders: list[PlannedEncoder]) -> list[str]
 def _output_lines(recipe: Recipe) -> list[str]:
     folder = Path(recipe.output_dir)
     lines = [f"written under {folder}:"]
-    lines += [f"  stages/{name}/: checkpoints, model" for name, _ in recipe.stages]
+    head = [TEACHER_HEAD] if recipe.needs_teacher_head else []
+    lines += [f"  stages/{name}/: checkpoints, model" for name in [*head, *(name for name, _ in recipe.stages)]]
     lines += [f"  baselines/{name}/: checkpoints, model" for name in recipe.baselines]
-    lines += ["  encoder/: the distilled encoder, for AutoModel"]
+    distilled = any(recipe.stages.distillation()) or recipe.method in ONE_STAGE_METHODS
+    trained = "trained" if encoder_is_trained(recipe, "task") else "untrained"
+    lines += [f"  encoder/: the {'distilled' if distilled else trained} encoder, for AutoModel"]
     if recipe.stages.task is not None:
         lines += ["  segmenter/: encoder and head", "  report.json, report.md, report.png"]
     lines += ["  recipe.yaml: as resolved"]

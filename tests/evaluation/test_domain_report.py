@@ -208,3 +208,23 @@ def test_a_picture_for_others_has_rows_of_the_domains_that_may_be_shown(tmp_path
 def test_picture_without_examples_is_still_written(report, tmp_path):
     report.write(tmp_path)
     assert Image.open(tmp_path / "report.png").size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("method", "frozen", "title", "student"),
+    [
+        ("gkd", True, "GKD", "distilled before it learned the task (query-based soft distillation)."),
+        ("gkd", False, "GKD", "(query-based soft distillation), then trained end to end with its head."),
+        ("kd", True, "KD", "distilled while it learned the task, encoder and head together."),
+        ("none", True, "alone", "trained end to end, not distilled."),
+        ("frozen", True, "frozen", "as it was, its encoder frozen."),
+        ("frozen", False, "undistilled", "trained end to end, not distilled."),
+    ],
+)
+def test_the_explanation_follows_what_was_trained(method, frozen, title, student):
+    settings = {"method": "gkd", "stages": {"task": {"freeze_encoder": frozen}}}
+    report = DomainReport("day", Space(), settings, seed=3, method=method)
+    report.add(result("night", 50, 50))
+    text = report.markdown()
+    assert text.startswith(f"# {title} from day") and f"- **{title}** is the student " in text
+    assert f"{student}\n" in text
