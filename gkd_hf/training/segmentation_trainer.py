@@ -148,10 +148,6 @@ class GKDSegmentationTrainer(StreamTrainer):
         """What a card can tell, in a recipe's keys: a trained encoder is that of method none."""
         return super().card_settings() | ({} if self.args.freeze_encoder else {"method": "none"})
 
-    def card_settings(self) -> dict[str, Any]:
-        """What a card can tell, in a recipe's keys: a trained encoder is that of method none."""
-        return super().card_settings() | ({} if self.args.freeze_encoder else {"method": "none"})
-
     # -- for others ---------------------------------------------------------------------------------------------------
 
     def export(self, folder: str | os.PathLike, facts: RunFacts, image_size: int) -> None:
