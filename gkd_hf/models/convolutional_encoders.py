@@ -218,6 +218,7 @@ class MobileViTAdapter(_BatchNormAdapter):
     """
 
     model_class = MobileViTModel
+    incomplete = "those for segmentation leave out its last convolution, those for classification have it"
 
     @property
     def map_channels(self) -> tuple[int, ...]:

@@ -49,6 +49,8 @@ class EncoderAdapter(ABC):
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
         layer_classes: classes of the layers that are cut over processes one by one, where transformers names none or
             such small ones that they would travel singly.
+        optional: endings of the names of tensors that a checkpoint may lack: transformers sets them as it should.
+        incomplete: which of its checkpoints are known to lack some of the encoder, "" if none are.
         extra: the package that transformers needs for this architecture, and the extra of this library that brings it.
     """
 
@@ -64,6 +66,9 @@ class EncoderAdapter(ABC):
     norm_epsilon: float | None = None
     layer_classes: tuple[str, ...] = ()
     constructor: dict[str, bool] = {}
+    # A mask token is new by design, and a count of batches is no knowledge.
+    optional: tuple[str, ...] = ("mask_token", "num_batches_tracked")
+    incomplete = ""
     extra: str | None = None
 
     def __init__(self, config: PreTrainedConfig):

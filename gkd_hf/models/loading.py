@@ -24,7 +24,6 @@ from .encoders import adapter_class, adapter_for, check_installed, vision_tower
 from .errors import InputError, nearest
 from .pull import CONFIGURATION, PICKLES, WEIGHTS, listed_files, pull
 
-MINIMUM_COVERAGE = 0.95  # of the encoder's tensors that a checkpoint must hold
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
 PLAIN_MEAN, PLAIN_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of pixels that the model itself normalises
 
@@ -44,8 +43,8 @@ def load_encoder(
 
     Raises:
         InputError: nothing at that place or no access to it, unknown architecture or one that brings its own code, no
-            weights in safetensors, weights of another patch or image size than the configuration says, or for less
-            than 95 % of the tensors.
+            weights in safetensors, weights of another patch or image size than the configuration says, or that lack
+            a tensor of the encoder.
     """
     if isinstance(source, PreTrainedConfig | dict):
         config = source if isinstance(source, PreTrainedConfig) else config_from_mapping(source)
@@ -81,7 +80,7 @@ def load_encoder(
     # Not the folder in the cache: where it is on this machine means nothing elsewhere.
     encoder.name_or_path = encoder.config.name_or_path = source
     _check_shapes(source, adapter, report)
-    _check_coverage(source, encoder, report)
+    _check_coverage(source, encoder, adapter, report)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()):
         # from_pretrained goes around build(); carry over what build() corrects and no configuration stores.
         with torch.device("meta"):
@@ -138,7 +137,8 @@ def _image_statistics(folder: Path, source: str) -> tuple[tuple[float, ...], tup
 def read_config(folder: Path, source: str) -> PreTrainedConfig:
     """Return the configuration in a folder; code that comes with it is neither run nor asked about.
 
-    Of a model of images and text (CLIP, SigLIP) it is the vision tower's.
+    A repo with code is read if transformers has the architecture itself, by transformers' own class. Of a model of
+    images and text (CLIP, SigLIP) it is the vision tower's.
 
     Args:
         folder: where the files are. source: what they are called in messages.
@@ -151,21 +151,23 @@ def read_config(folder: Path, source: str) -> PreTrainedConfig:
     kind = fields.get("model_type", "timm_wrapper" if "pretrained_cfg" in fields else None)
     if not isinstance(kind, str):
         raise InputError(f"cannot read '{source}/config.json': it names no model_type, as transformers' models do")
-    if fields.get("auto_map"):
-        raise InputError(
-            f"'{source}' (model_type '{kind}') brings its own Python code. It is not run: teacher and student must "
-            "be of an architecture that transformers itself has; choose such a repo, or convert the weights"
-        )
     if kind not in CONFIG_MAPPING:
+        if fields.get("auto_map"):
+            raise InputError(
+                f"'{source}' (model_type '{kind}') brings its own Python code. It is not run: teacher and student "
+                "must be of an architecture that transformers itself has; choose such a repo, or convert the weights"
+            )
         raise InputError(
             f"'{source}' is of model_type '{kind}', which transformers does not have{nearest(kind, CONFIG_MAPPING)} "
             "(code from elsewhere is not run: choose a repo whose architecture transformers itself has)"
         )
     check_installed(kind)
     try:
-        return vision_tower(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = vision_tower(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # the strict configuration classes raise their own type
         raise InputError(f"cannot read the configuration of encoder '{source}': {_one_line(error)}") from error
+    vars(config).pop("auto_map", None)  # names code that is neither run nor saved with what is learned here
+    return config
 
 
 def _read_fields(folder: Path, source: str) -> dict[str, Any]:
@@ -232,24 +234,30 @@ def _check_shapes(source: str, adapter: EncoderAdapter, report: dict[str, Any]) 
         )
 
 
-def _check_coverage(source: str, encoder: PreTrainedModel, report: dict[str, Any]) -> None:
-    # The mask token is new by design, and a batch counter is not knowledge.
-    wanted = {k for k in encoder.state_dict() if not k.endswith(("mask_token", "num_batches_tracked"))}
-    missing = {key for key in report["missing_keys"] if key in wanted}
-    reshaped = {entry[0] for entry in report["mismatched_keys"] if entry[0] in wanted}
-    missing |= reshaped
-    coverage = 1 - len(missing) / len(wanted)
-    if coverage < MINIMUM_COVERAGE:
-        examples = ", ".join(sorted(missing)[:3])
+def _check_coverage(source: str, encoder: PreTrainedModel, adapter: EncoderAdapter, report: dict[str, Any]) -> None:
+    """Refuse weights that leave a tensor of the encoder as it was drawn: one random layer spoils all that follow."""
+    wanted = {key for key in encoder.state_dict() if not key.endswith(adapter.optional)}
+    missing = wanted & set(report["missing_keys"])
+    reshaped = wanted & {entry[0] for entry in report["mismatched_keys"]}
+    name = type(encoder).__name__
+    if len(missing | reshaped) > len(wanted) / 2:
         raise InputError(
-            f"the weights of '{source}' fill only {coverage:.0%} of the {len(wanted)} tensors of "
-            f"{type(encoder).__name__} (missing or of another shape: {examples}, …); is the checkpoint of another "
-            "architecture?"
+            f"the weights of '{source}' fill only {1 - len(missing | reshaped) / len(wanted):.0%} of the "
+            f"{len(wanted)} tensors of {name} (missing or of another shape: {_some(missing | reshaped)}); is the "
+            "checkpoint of another architecture?"
         )
     if reshaped:
+        raise InputError(f"weights of '{source}' have another shape than its config.json says: {_some(reshaped)}")
+    if missing:
         raise InputError(
-            f"weights of '{source}' have another shape than its config.json says: {', '.join(sorted(reshaped)[:3])}"
+            f"the weights of '{source}' lack {len(missing)} of the {len(wanted)} tensors of {name}, which would stay "
+            f"random: {_some(missing)}; choose a checkpoint of the whole encoder"
+            f"{adapter.incomplete and f' ({adapter.incomplete})'}"
         )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 @contextmanager

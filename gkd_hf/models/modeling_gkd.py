@@ -112,7 +112,7 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
             freeze_batch_norm: keep batch norms in eval mode while training (see `GKDStudentConfig`).
 
         Raises:
-            InputError: unsupported architecture, unreadable source, weights for less than 95 % of the tensors, or an
+            InputError: unsupported architecture, unreadable source, weights that lack a tensor of the encoder, or an
                 image size that is not a multiple of the patch size.
         """
         encoder, mean, std = load_encoder(source, pretrained=pretrained, revision=revision)

@@ -224,6 +224,8 @@ class RadioAdapter(TransformerAdapter):
     model_class = RadioModel
     native_mask = False
     normalises_pixels = True
+    # Numbers of the configuration, though transformers keeps them among the weights.
+    optional = (*TransformerAdapter.optional, "norm_mean", "norm_std", "summary_idxs")
     kernel, kernel_layout = "embeddings.patch_projection.weight", "channels_first"
     positions = None
     final_norm = None

@@ -279,12 +279,10 @@ def test_what_is_refused(
     pickled = {"config.json": good["config.json"], "pytorch_model.bin": b"\x80\x04."}
     known = {"AutoModel": "modeling_x.M", "AutoConfig": "modeling_x.M"}
     code = {"modeling_x.py": own_code, "model.safetensors": good["model.safetensors"]}
-    mapped = json.loads(good["config.json"]) | {"auto_map": known}
     scenes: dict[str, tuple[Files, str]] = {
         "pickled": (pickled, "'org/pickled' has its weights only as pytorch_model.bin, a pickle, and reading"),
         "weightless": ({"config.json": good["config.json"]}, "'org/weightless' has no weights in safetensors"),
         "empty": ({"README.md": b""}, "no encoder at 'org/empty': it has no config.json"),
-        "own-code": (code | {"config.json": config(**mapped)}, "'org/own-code' (model_type 'resnet') brings its own"),
         "own-type": (
             code | {"config.json": config(model_type="my_net", auto_map=known)},
             "'org/own-type' (model_type 'my_net') brings its own",

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
     CLIPConfig,
     CLIPModel,
+    MobileViTForSemanticSegmentation,
     Siglip2Config,
     Siglip2Model,
     SiglipConfig,
@@ -67,6 +69,63 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
     config_from_mapping(ENCODERS["vit"]).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"fill only \d+% of the \d+ tensors of ViTModel"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, layer",
+    [
+        ("vit", "embeddings.patch_embeddings.projection.weight"),
+        ("dinov2", "embeddings.cls_token"),
+        ("clip", "embeddings.class_embedding"),
+        ("mobilevit", "conv_1x1_exp.convolution.weight"),
+    ],
+)
+def test_weights_without_a_layer_are_refused(kind: str, layer: str, tmp_path: Path) -> None:
+    load_encoder(EVERY_ENCODER[kind])[0].save_pretrained(tmp_path)
+    drop(tmp_path, layer)
+    with pytest.raises(InputError, match=rf"lack 1 of the \d+ tensors of \w+, .*: {layer}; choose a") as refused:
+        load_encoder(tmp_path)
+    assert ("those for classification have it" in str(refused.value)) == (kind == "mobilevit")
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("dinov3_vit", "embeddings.mask_token"),
+        ("radio", "input_conditioner.norm_mean"),
+        ("resnet", "embedder.embedder.normalization.num_batches_tracked"),
+    ],
+)
+def test_weights_without_what_needs_no_training_are_read(kind: str, name: str, tmp_path: Path) -> None:
+    original, _, _ = load_encoder(EVERY_ENCODER[kind])
+    original.save_pretrained(tmp_path)
+    drop(tmp_path, name)
+    assert torch.equal(load_encoder(tmp_path)[0].state_dict()[name], original.state_dict()[name])
+
+
+def test_mobilevit_for_segmentation_lacks_the_layer_that_tokens_are_read_from(tmp_path: Path) -> None:
+    fields = {key: value for key, value in ENCODERS["mobilevit"].items() if key != "model_type"}
+    MobileViTForSemanticSegmentation(AutoConfig.for_model("mobilevit", **fields)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="random: conv_1x1_exp.*.those for segmentation leave out its last conv"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_code_beside_an_architecture_of_transformers_is_not_run(kind: str, tmp_path: Path) -> None:
+    original, _, _ = load_encoder(EVERY_ENCODER[kind])
+    original.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: ...\n")
+    edit(tmp_path, auto_map={"AutoConfig": "evil.Model", "AutoModel": "evil.Model"})
+    encoder, _, _ = load_encoder(tmp_path)
+    assert type(encoder) is type(original) and not (tmp_path / "ran").exists()
+    assert "auto_map" not in encoder.config.to_dict()
+    edit(tmp_path, model_type="bert")
+    with pytest.raises(InputError, match="encoders of type 'bert' are not supported"):
+        load_encoder(tmp_path)
+    edit(tmp_path, model_type="my_net")
+    with pytest.raises(InputError, match="brings its own Python code. It is not run"):
+        load_encoder(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_weights_are_refused(tmp_path) -> None:
@@ -203,3 +262,11 @@ def test_a_model_that_normalises_pixels_itself_gets_them_plain(tmp_path: Path) -
 def edit(folder: Path, **fields: Any) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+
+
+def drop(folder: Path, name: str) -> None:
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+    kept = {key: tensor for key, tensor in state.items() if not key.endswith(name)}
+    assert len(kept) < len(state)
+    save_file(kept, weights, metadata={"format": "pt"})
