@@ -30,6 +30,7 @@ from gkd_hf.training.sharding import is_sharded, whole_model
 from gkd_hf.training.stream_trainer import NonFiniteLossError
 from tests.distributed.fsdp_on_cpu import let_accelerate_shard_on_the_cpu
 from tests.tiny import ENCODERS, MASK2FORMER, UPERNET
+from tests.training import test_one_stage as one_stage
 from tests.training import test_several_teachers as several
 from tests.training import test_trainers as single
 
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "task-linear": {"kind": "vit", "head": "linear", "eval_strategy": "steps", "eval_steps": 10},
     "task-upernet": {"kind": "resnet", "head": UPERNET},
     "task-mask2former": {"kind": "vit", "head": MASK2FORMER},
+    "one-stage": {},
     "end-to-end": {"kind": "vit", "head": "linear", "freeze_encoder": False, "encoder_learning_rate": 1e-4},
 }
 
@@ -78,6 +80,10 @@ def make(case: str, folder: Path, world: int) -> GKDDistillationTrainer | GKDSeg
     }
     if case == "distil-several":
         return several.trainer(folder, **settings)
+    if case == "one-stage":
+        trainer = one_stage.one_stage_trainer(folder, "vitkd", "vit", **settings)
+        trainer.eval_dataset = {"toy_city:night": single.evaluation_set(5)}
+        return trainer
     if case.startswith("distil"):
         return single.distillation_trainer(folder, **settings)
     set_seed(0)

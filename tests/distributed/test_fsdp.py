@@ -18,7 +18,7 @@ from tests.distributed.launched import run_launched
 STAGE_ONE = ["distil", "distil-accumulated", "distil-resnet", "distil-several", "distil-bf16"]
 STAGE_TWO = ["task-linear", "task-upernet", "task-mask2former", "end-to-end"]
 # Mask2Former's loss averages its number of masks over processes, not over the micro batches of one.
-COMPARED = [case for case in (*STAGE_ONE, *STAGE_TWO) if case != "task-mask2former"]
+COMPARED = [case for case in (*STAGE_ONE, *STAGE_TWO, "one-stage") if case != "task-mask2former"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_step_by_torchs_own_sharding_is_the_unsharded_step(processes: int, cas
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a launch that trained every case sharded over two processes."""
     folder = tmp_path_factory.mktemp("sharded")
-    cases = [*STAGE_ONE, *STAGE_TWO]
+    cases = [*STAGE_ONE, *STAGE_TWO, "one-stage"]
     run_launched("tests/distributed/run_fsdp.py", folder, *cases, processes=2, preset="fsdp2")
     return folder
 
