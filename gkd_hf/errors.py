@@ -6,7 +6,10 @@ import sys
 
 from gkd_hf.models.errors import InputError, nearest
 
-__all__ = ["InputError", "nearest", "refused"]
+__all__ = ["NOT_FINITE", "InputError", "nearest", "refused"]
+
+# Exit code of a run whose loss left the finite numbers: one of its own, as that answers who tries several values.
+NOT_FINITE = 3
 
 
 def refused(error: InputError) -> int:

@@ -10,8 +10,9 @@
     accelerate launch --multi_gpu --num_processes 2 scripts/run_gkd.py scripts/recipes/quickstart.yaml
 
 Any key of the recipe can be set as `key.sub=value`; `stages.task_agnostic=null` leaves a stage out. The same command
-continues an interrupted run. Wrong input ends with one line on stderr and exit code 2; under
-`accelerate launch` the launcher's own report follows it and the exit code is 1, so try a recipe with --plan first.
+continues an interrupted run. Wrong input ends with one line on stderr and exit code 2, a loss that leaves the finite
+numbers with one line and exit code 3; under `accelerate launch` the launcher's own report follows it and the exit code
+is 1, so try a recipe with --plan first.
 SIGTERM ends a run with exit code 0 after it has saved what it needs to go on.
 """
 
@@ -79,7 +80,10 @@ def scale_question(arguments: argparse.Namespace) -> ScaleQuestion | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, 1 where another process of the run is gone, 2 for wrong input, 130 after Ctrl-C."""
+    """Return the exit code: 0, 1 where another process of the run is gone, 2 for wrong input, 130 after Ctrl-C.
+
+    3 says that the loss left the finite numbers.
+    """
     arguments = parse(argv)
     from gkd_hf.training.sigterm import Preempted, ending_at_once
 

@@ -19,8 +19,9 @@ from gkd_hf.training.recipe import MAX_SEED
 
 KEYS = ("recipe", "output_dir", "seeds", "reference", "variants", "groups", "spread")
 VARIANT_KEYS = ("title", "set", "tune", "tuned_as", "start_from", "shown")
-# What the comparison itself decides for every run.
+# What the comparison itself decides for every run, and for one that starts from the encoder of another.
 OWN_KEYS = ("seed", "output_dir", "baselines", "hub")
+START_KEYS = ("encoder", "pretrained", "revision")
 
 
 def read_comparison(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Comparison:
@@ -116,18 +117,18 @@ def _variant(name: str, given: Any, where: str) -> Variant:
         raise InputError(f"{where} must be a mapping ({', '.join(VARIANT_KEYS)}), not {given!r}")
     _known(given, VARIANT_KEYS, where)
     changes = dict(_mapping(given, "set", where))
-    own = [*OWN_KEYS[:2], *(["student.encoder"] if given.get("start_from") else [])]
-    for key in changes:
-        if key in own:
-            raise InputError(f"{where}.set: '{key}' is the comparison's to decide: drop it")
     tune = dict(_mapping(given, "tune", where))
+    own = OWN_KEYS if given.get("start_from") is None else (*OWN_KEYS, *(f"student.{key}" for key in START_KEYS))
+    for key in (*changes, *tune):
+        if any(key == each or str(key).startswith(f"{each}.") for each in own):
+            raise InputError(f"{where}: '{key}' is the comparison's to decide: drop it")
     for key, values in tune.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}.tune: '{key}' needs a list of values to try, such as [1e-3, 3e-3]")
         if any(value in values[:index] for index, value in enumerate(values)):
             raise InputError(f"{where}.tune: '{key}' names a value twice: {values}")
-        if key in changes or key in own:
-            raise InputError(f"{where}.tune: '{key}' is set as well, or the comparison's to decide: give it once")
+        if key in changes:
+            raise InputError(f"{where}.tune: '{key}' is set as well: give it once")
     shown = given.get("shown", True)
     if not isinstance(shown, bool):
         raise InputError(f"{where}.shown is {shown!r}: it must be true or false")

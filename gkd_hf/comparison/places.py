@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from filelock import FileLock, Timeout
+
 from gkd_hf.comparison.cells import Cell
 from gkd_hf.comparison.definition import Comparison
 from gkd_hf.errors import InputError
@@ -77,6 +79,20 @@ def start(cell: Cell, environment: dict[str, str]) -> Process:
         return subprocess.Popen(
             command(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def is_held(cell: Cell) -> bool:
+    """Whether a run is going on in its folder that this comparison has not started."""
+    place = cell.folder / ".lock"
+    if not place.is_file():
+        return False
+    lock = FileLock(place)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def render_data(comparison: Comparison, names: Iterable[str], progress: bool) -> None:

@@ -68,7 +68,7 @@ def _variant(everything: Schedule, variant: Variant) -> dict[str, Any]:
         "set": dict(variant.changes),
         "start_from": variant.start_from,
         "tuned_as": variant.tuned_as,
-        "chosen": None if choice is None else dict(choice.values),
+        "chosen": cells[0].applied if choice is not None and cells else None,
         "tuning": tuning,
         "seeds": seeds,
         "mean": _over_seeds(seeds, statistics.fmean, 1),
@@ -82,7 +82,7 @@ def _figure(everything: Schedule, cell: Cell) -> float | None:
 
 
 def _run(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
-    summaries = {name: folder.summary() for name, folder in cell.stages.items() if folder.finished}
+    summaries = cell.summaries()
     facts = {name: summary.get("facts") or {} for name, summary in summaries.items()}
     return {
         "source": source_miou(result),

@@ -35,7 +35,9 @@ def select(comparison: Comparison, only: Sequence[str] | None, seeds: Sequence[s
             raise InputError(
                 f"--seeds: the comparison has no seed {seed} (it has: {known}): add it to {comparison.path}"
             )
-    return Schedule(comparison, only or comparison.variants, map(int, seeds) if seeds else comparison.seeds)
+    # In the file's order, each once.
+    names = [name for name in comparison.variants if not only or name in only]
+    return Schedule(comparison, names, [seed for seed in comparison.seeds if not seeds or str(seed) in seeds])
 
 
 def plan(schedule: Schedule) -> str:
@@ -50,8 +52,10 @@ def plan(schedule: Schedule) -> str:
         lines += [f"  tuning {values_text(cell.tuned)}: {_standing(schedule, cell)}" for cell in trials]
         tuner, choice = comparison.tuner(variant), schedule.choice(variant)
         if seeds and tuner is not None:
-            chosen = f"by tuning {tuner.name}" if choice is None else values_text(choice.values)
-            lines.append(f"  hyper-parameters: {chosen}")
+            applied = f"by tuning {tuner.name}"
+            if choice is not None:
+                applied = values_text(schedule.finals(name)[0].applied) or f"those of {tuner.name} do not apply"
+            lines.append(f"  hyper-parameters: {applied}")
         if seeds and variant.start_from is not None:
             lines.append(f"  starts from the encoder of {variant.start_from}, same seed")
         finals = {cell.seed: cell for cell in schedule.finals(name)}
@@ -104,7 +108,9 @@ def run_comparison(schedule: Schedule, jobs: int | None, command: Sequence[str],
         tell(f"{left} runs are missing, {len(schedule.failed)} failed: the same command goes on with them")
         code = 1
     if known is not None:
-        table, within = check_against(results, known)
+        names = None if set(schedule.names) == set(comparison.variants) else schedule.names
+        seeds = None if set(schedule.seeds) == set(comparison.seeds) else schedule.seeds
+        table, within = check_against(results, known, names, seeds)
         print(f"\n{table}", flush=True)
         code = code if within else 1
     return code

@@ -13,11 +13,11 @@ from typing import Any
 
 from gkd_hf.comparison.cells import Cell, Choice, choose, source_miou, trials
 from gkd_hf.comparison.definition import Comparison, Variant
-from gkd_hf.comparison.places import Places, Process, start
+from gkd_hf.comparison.places import Places, Process, is_held, start
+from gkd_hf.errors import NOT_FINITE, InputError
 from gkd_hf.evaluation.report_text import percent
 from gkd_hf.training.sigterm import Preempted
 
-REFUSED = 2  # the exit code of a run that cannot be, or whose loss did not stay finite
 PATIENCE = 120.0  # seconds that children have to save and end
 POLL = 0.3  # seconds
 
@@ -39,12 +39,14 @@ class Schedule:
         seeds: those that are wanted.
 
     Attributes:
+        names, seeds: as given.
         failed: folder → why, of the runs that were tried this time and failed.
     """
 
     def __init__(self, comparison: Comparison, names: Iterable[str], seeds: Iterable[int]) -> None:
         self.comparison = comparison
-        self.runs = comparison.runs(names, seeds)
+        self.names, self.seeds = tuple(names), tuple(seeds)
+        self.runs = comparison.runs(self.names, self.seeds)
         tuners = [comparison.tuner(comparison.variants[name]) for name in self.runs]
         self.trials = {
             variant.name: trials(comparison, variant)
@@ -54,7 +56,9 @@ class Schedule:
         self.failed: dict[Path, str] = {}
         self._results: dict[Path, dict[str, Any] | None] = {}
         self._finals: dict[str, list[Cell]] = {}
+        self._digests: dict[Path, str] = {}
         self._running: list[_Running] = []
+        self._held: dict[Path, Cell] = {}
         self._signal: int | None = None
 
     def choice(self, variant: Variant) -> Choice | None:
@@ -65,7 +69,7 @@ class Schedule:
         cells = self.trials[tuner.name]
         if not all(self.is_done(cell) or cell.diverged for cell in cells):
             return None
-        results = [self._results[cell.folder] for cell in cells]
+        results = [self.result(cell) for cell in cells]
         return choose([(c.tuned, r and source_miou(r)) for c, r in zip(cells, results, strict=True)])
 
     def known(self) -> list[Cell]:
@@ -94,10 +98,30 @@ class Schedule:
         """How many of them are finished; of candidates also those whose loss did not stay finite."""
         return sum(self.is_done(cell) or (cell.trial and cell.diverged) for cell in self.known())
 
+    def start_of(self, cell: Cell) -> Cell | None:
+        """The run whose encoder a run starts from; None if from none, or that one's hyper-parameters are open."""
+        finals = [] if cell.variant.start_from is None else self.finals(cell.variant.start_from)
+        return next((each for each in finals if each.seed == cell.seed), None)
+
+    def origin(self, cell: Cell) -> str | None:
+        """`Cell.digest` of the run that a run starts from; "" if from none, None if it is not known yet."""
+        if cell.variant.start_from is None:
+            return ""
+        begins = self.start_of(cell)
+        before = None if begins is None else self.origin(begins)
+        if before is None:
+            return None
+        if begins.folder not in self._digests:
+            self._digests[begins.folder] = begins.digest(before)
+        return self._digests[begins.folder]
+
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """The report of a run; None if it is not finished."""
+        """The report of a run; None if it is not finished, or it is open what it is to start from."""
         if cell.folder not in self._results:
-            self._results[cell.folder] = cell.result()
+            origin = self.origin(cell)
+            if origin is None:
+                return None
+            self._results[cell.folder] = cell.result(origin)
         return self._results[cell.folder]
 
     def is_done(self, cell: Cell) -> bool:
@@ -113,10 +137,10 @@ class Schedule:
         return self.is_done(cell) or cell.folder in self.failed or (cell.trial and cell.diverged)
 
     def check(self) -> None:
-        """Raise `InputError` if a run that is not finished was begun with other settings."""
+        """Raise `InputError` if a run that is not finished was begun with other settings, as `Cell.check`."""
         for cell in self.known():
             if not self.is_done(cell):
-                _ = cell.stages
+                cell.check(self.origin(cell))
 
     def run(
         self,
@@ -127,6 +151,8 @@ class Schedule:
     ) -> None:
         """Run all that is not finished; return when nothing more can be run.
 
+        A run that was begun with other settings, as it can turn out when hyper-parameters are chosen, has failed.
+
         Args:
             places: where runs can be at once.
             tell: prints a line of progress.
@@ -134,15 +160,20 @@ class Schedule:
             start: starts a run in an environment.
 
         Raises:
-            InputError: a run was begun with other settings.
             Preempted, KeyboardInterrupt: after the runs have ended, for SIGTERM and Ctrl-C.
         """
+        for cell in self.known():
+            # Runs of an earlier version of this program have no record yet.
+            begins = self.start_of(cell)
+            if begins is not None and self.is_done(begins) and self.is_done(cell):
+                cell.remember_origin(self.origin(cell))
         handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._signal is None:
                 self._collect(tell, finished)
+                self._look_at_held(tell, finished)
                 self._fill(places, tell, start)
-                if not self._running:
+                if not self._running and not self._held:
                     break
                 time.sleep(POLL)
         finally:
@@ -163,22 +194,48 @@ class Schedule:
     ) -> None:
         running = {each.cell.folder for each in self._running}
         for cell in self.known():
-            if len(self._running) >= places.jobs or self._signal is not None:
+            if len(self._running) + len(self._held) >= places.jobs or self._signal is not None:
                 return
-            if cell.folder in running or self.is_settled(cell) or self._must_wait(cell):
+            if cell.folder in running or cell.folder in self._held or self.is_settled(cell):
                 continue
-            taken = cell.prepare()
+            try:
+                if self._must_wait(cell):
+                    continue
+                if is_held(cell):
+                    self._held[cell.folder] = cell
+                    tell(f"{cell.label}: another program is running it in {cell.folder}; waiting for its end")
+                    continue
+                taken = cell.prepare(self.origin(cell))
+            except InputError as error:
+                self.failed[cell.folder] = str(error)
+                tell(f"{cell.label}: failed: {str(error).removeprefix(f'{cell.label}: ')}")
+                continue
             place = min(set(range(places.jobs)) - {each.place for each in self._running})
             self._running.append(_Running(cell, start(cell, places.environment(place)), place, time.monotonic()))
             note = f" ({', '.join(taken)}: as another run has trained it)" if taken else ""
             tell(f"{cell.label}: started{note}")
 
     def _must_wait(self, cell: Cell) -> bool:
-        if cell.needs is not None and not self._results.get(cell.needs):
-            return True
+        if cell.variant.start_from is not None:
+            begins = self.start_of(cell)
+            if begins is None or not self.is_done(begins):
+                return True
         # A stage is trained by one run at a time; the others take it over.
         missing = cell.missing()
-        return any(missing & each.cell.missing() for each in self._running)
+        going_on = [*(each.cell for each in self._running), *self._held.values()]
+        return any(missing & other.missing() for other in going_on)
+
+    def _look_at_held(self, tell: Callable[[str], None], finished: Callable[[], None]) -> None:
+        """Runs that outlived the program that started them: they are waited for, and go on from here if need be."""
+        for cell in list(self._held.values()):
+            if is_held(cell):
+                continue
+            del self._held[cell.folder]
+            self._results.pop(cell.folder, None)
+            result = self.result(cell)
+            if result is not None:
+                tell(f"{cell.label}: {figures(result)}")
+                finished()
 
     def _collect(self, tell: Callable[[str], None], finished: Callable[[], None]) -> None:
         for each in list(self._running):
@@ -195,7 +252,7 @@ class Schedule:
                 finished()
                 continue
             why = " ".join(cell.last_words().split())
-            if cell.trial and code == REFUSED and "finite" in why:
+            if cell.trial and code == NOT_FINITE:
                 cell.give_up(why)
                 tell(f"{cell.label}: passed over, {why.removeprefix('error: ')}")
                 continue

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gkd_hf.evaluation.report_text import write_whole
 from gkd_hf.training.label_check import remembered
 from gkd_hf.training.stage_folder import StageFolder, write_json
 
 LABEL_MEMORY = "checked_labels.json"
+ORIGIN = "started_from.txt"
 
 
 def settings_key(folder: StageFolder) -> str:
@@ -20,12 +22,30 @@ def settings_key(folder: StageFolder) -> str:
     return json.dumps(folder.settings, sort_keys=True)
 
 
-def finished_stages(output_dir: Path) -> dict[str, Path]:
-    """The finished stages and baselines of all runs under a comparison's folder: `settings_key` → folder."""
+def origin_of(run: Path) -> str | None:
+    """The digest of the run whose encoder a run started from, as it was recorded; None without a record."""
+    record = run / ORIGIN
+    return record.read_text(encoding="utf-8").strip() if record.is_file() else None
+
+
+def record_origin(run: Path, origin: str) -> None:
+    """Record the digest of the run whose encoder a run starts from."""
+    write_whole(run / ORIGIN, lambda place: place.write_text(f"{origin}\n", encoding="utf-8"))
+
+
+def finished_stages(output_dir: Path, origin: str) -> dict[str, Path]:
+    """The finished stages and baselines of runs under a comparison's folder: `settings_key` → folder.
+
+    Args:
+        output_dir: the comparison's folder.
+        origin: of runs that start from another one, those that started from the one with this digest.
+    """
     found: dict[str, Path] = {}
     for run in ("*/seed*", "*/tuning/*"):
         for kind in ("stages", "baselines"):
             for record in sorted(output_dir.glob(f"{run}/{kind}/*/finished.json")):
+                if origin_of(record.parents[2]) not in (None, origin):
+                    continue
                 settings = json.loads((record.parent / "settings.json").read_text(encoding="utf-8"))
                 found.setdefault(json.dumps(settings, sort_keys=True), record.parent)
     return found

@@ -97,7 +97,9 @@ def _tuning(results: Mapping[str, Any]) -> str:
     parts = []
     for name, entry in results["variants"].items():
         if entry["tuned_as"] is not None:
-            parts.append(f"{entry['title']}: as {_title(results, entry['tuned_as'])}.")
+            chosen = entry["chosen"]
+            applied = "" if chosen is None else f" ({values_text(chosen) or 'nothing of it applies'})"
+            parts.append(f"{entry['title']}: as {_title(results, entry['tuned_as'])}{applied}.")
         if not entry["tuning"]:
             continue
         rows = []

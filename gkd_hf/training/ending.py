@@ -9,19 +9,20 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from gkd_hf.errors import InputError, refused
+from gkd_hf.errors import NOT_FINITE, InputError, refused
 from gkd_hf.training.checkpoints import is_full_disk
 from gkd_hf.training.process_group import end_process_group, is_lost_peer, leave, several, tell_lost_peer
 from gkd_hf.training.sigterm import ENDED, Preempted, sigterm_came, sigterm_ended
+from gkd_hf.training.stream_trainer import NonFiniteLossError
 
 
 def exit_code(run: Callable[[], Any]) -> int:
     """Call ``run`` and return the exit code of its program.
 
-    0 also after SIGTERM, 2 for wrong input, 130 after Ctrl-C, 1 where another process of the run is gone: each with a
-    line on stderr. Any other exception is a mistake of this library and keeps its traceback. One of several processes
-    does not return from anything but success: it ends here, since the interpreter's own end can wait for peers that
-    are gone.
+    0 also after SIGTERM, 2 for wrong input, 3 where the loss did not stay finite, 130 after Ctrl-C, 1 where another
+    process of the run is gone: each with a line on stderr. Any other exception is a mistake of this library and keeps
+    its traceback. One of several processes does not return from anything but success: it ends here, since the
+    interpreter's own end can wait for peers that are gone.
     """
     try:
         run()
@@ -32,6 +33,9 @@ def exit_code(run: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         _say("interrupted: the same command goes on from the last checkpoint, if there was one yet")
         code = 130
+    except NonFiniteLossError as error:
+        refused(error)
+        code = NOT_FINITE
     except InputError as error:
         code = refused(error)
     except Exception as error:

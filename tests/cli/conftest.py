@@ -91,12 +91,12 @@ def recipe(tmp_path: Path, teacher: Path) -> Path:
 
 @pytest.fixture
 def refused(run_gkd: ModuleType, recipe: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the recipe with overrides; assert exit code 2 and one line; return that line."""
+    """Run the recipe with overrides; assert the exit code, 2, and one line; return that line."""
 
-    def run(*overrides: str, path: Path | None = None) -> str:
+    def run(*overrides: str, path: Path | None = None, expected: int = 2) -> str:
         code = run_gkd.main([str(path or recipe), *overrides])
         errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert code == 2
+        assert code == expected
         assert len(errors) == 1, errors
         return errors[0][errors[0].index("error:") :]
 

@@ -250,6 +250,7 @@ def test_loss_that_is_not_finite(refused: Refused, recipe: Path) -> None:
         "stages.domain_agnostic.learning_rate=1e30",
         "stages.domain_agnostic.max_steps=8",
         "stages.domain_agnostic.save_steps=1",
+        expected=3,
     )
     assert "not finite" in message
     assert "step" in message

@@ -124,7 +124,7 @@ def test_check(results: dict[str, Any]) -> None:
     now = copy.deepcopy(results)
     table, within = check_against(now, results)
     assert within
-    assert table.count(" yes ") == 5
+    assert table.count(" yes ") == 10  # the source and the mean over the unseen domains
     # Twice the standard deviation of the stored seeds: 4 points for GKD, 2.8 for the reference.
     now["variants"]["gkd"]["seeds"]["0"]["mean_target"] += 3.9
     assert check_against(now, results)[1]
@@ -134,14 +134,62 @@ def test_check(results: dict[str, Any]) -> None:
     assert table.count(" NO ") == 1
     assert check_against(now, results | {"spread": 5.0})[1]
     assert not check_against(now, results | {"spread": 0.5})[1]
+    now = copy.deepcopy(results)
+    now["variants"]["gkd"]["seeds"]["0"]["source"] -= 2.5
+    table, within = check_against(now, results)
+    assert not within
+    assert table.count(" NO ") == 1
+
+
+def test_check_of_what_is_missing(results: dict[str, Any]) -> None:
+    now = copy.deepcopy(results)
+    del now["variants"]["gkd"]["seeds"]["1"]
+    del now["variants"]["alone"]
+    table, within = check_against(now, results)
+    assert not within
+    assert table.count(" missing ") == table.count(" NO ") == 6
+    # Of what is selected nothing is missing.
+    table, within = check_against(now, results, ["gkd"], [0, 2])
+    assert within
+    assert table.count(" yes ") == 4
+    assert "only gkd\n" in table
+    assert table.endswith("only seed 0, 2")
+    assert not check_against(now, results, ["gkd"])[1]
+
+
+def test_values_that_a_variant_has_no_place_for_are_not_told_as_chosen(tmp_path: Path, runs: PlayedRuns) -> None:
+    rate, task_rate = "stages.task_agnostic.learning_rate", "stages.task.learning_rate"
+    without = {"set": {"stages.task_agnostic": None}}
+    variants = {
+        "gkd": {"tune": {rate: [1e-3], task_rate: [2e-3]}},
+        "no_1a": without | {"tuned_as": "gkd"},
+        "mse": {"tune": {rate: [4e-3]}, "set": {"method": "mse"}},
+        "mse_no_1a": {"set": {"method": "mse", **without["set"]}, "tuned_as": "mse"},
+    }
+    comparison = read_comparison(write_comparison(tmp_path, variants, seeds=[0]))
+    played = runs.play(comparison)
+    results = collect(played, ["x"])
+    chosen = {name: entry["chosen"] for name, entry in results["variants"].items()}
+    assert chosen == {"gkd": {rate: 1e-3, task_rate: 2e-3}, "no_1a": {task_rate: 2e-3},
+                      "mse": {rate: 4e-3}, "mse_no_1a": {}}  # fmt: skip
+    text = markdown(results)
+    assert "no_1a: as gkd (task.learning_rate 0.002)." in text
+    assert "mse_no_1a: as mse (nothing of it applies)." in text
+    assert "| **task_agnostic.learning_rate 0.001, task.learning_rate 0.002** |" in text
+    text = plan(played)
+    assert "hyper-parameters: task.learning_rate 0.002\n" in text
+    assert "hyper-parameters: those of mse do not apply\n" in text
 
 
 def test_check_against_something_else(results: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to check"):
         check_against(results, {"variants": {}})
     other = tmp_path / "other.json"
-    other.write_text("[1]")
-    with pytest.raises(InputError, match="is no results.json"):
-        read_stored(other)
+    variants = copy.deepcopy(results["variants"])
+    variants["gkd"]["seeds"]["0"]["source"] = "35"
+    for content in ([1], results | {"spread": "x"}, results | {"spread": True}, results | {"variants": variants}):
+        other.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="is no results.json"):
+            read_stored(other)
     with pytest.raises(InputError, match="cannot be read"):
         read_stored(tmp_path / "none.json")

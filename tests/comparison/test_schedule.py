@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from gkd_hf.comparison.cells import Cell, choose
 from gkd_hf.comparison.definition import Comparison
 from gkd_hf.comparison.places import Places
+from gkd_hf.comparison.results import collect
 from gkd_hf.comparison.schedule import Schedule
 from gkd_hf.errors import InputError
 from gkd_hf.training.recipe_data import RecipeData
@@ -99,7 +102,7 @@ def test_the_first_of_equals_is_chosen_and_what_diverged_is_passed_over() -> Non
 
 def test_a_candidate_that_diverges_is_an_answer(read: Read, runs: PlayedRuns) -> None:
     words = "error: the loss is not finite at step 2 (total nan)"
-    runs.failures = {"gkd, tuning task.learning_rate 0.002": (2, words)}
+    runs.failures = {"gkd, tuning task.learning_rate 0.002": (3, words)}
     played = runs.play(read(TUNED))
     assert played.choice(played.comparison.variants["gkd"]).values == {RATE: 1e-3}
     assert played.finished() == played.total() == 5
@@ -107,6 +110,104 @@ def test_a_candidate_that_diverges_is_an_answer(read: Read, runs: PlayedRuns) ->
     again = PlayedRuns()
     again.play(played.comparison)
     assert again.started == []
+
+
+def test_a_candidate_that_is_refused_has_not_diverged(read: Read, runs: PlayedRuns) -> None:
+    runs.failures = {"gkd, tuning task.learning_rate 0.002": (2, "error: a finite number of images is needed")}
+    played = runs.play(read(TUNED))
+    assert len(played.failed) == 1
+    assert not any(cell.diverged for cell in played.trials["gkd"])
+
+
+def test_a_larger_grid_whose_new_value_wins_stops_only_that_method(read: Read, runs: PlayedRuns) -> None:
+    variants = {"gkd": {"tune": {RATE: [1e-3]}}, "other": {"set": {"method": "mse"}}}
+    runs.figures = better_on_the_source
+    runs.play(read(variants, seeds=[0]))
+    variants["gkd"]["tune"][RATE].append(2e-3)
+    runs.told.clear()
+    played = runs.play(read(variants), jobs=3)
+    assert set(played.failed) == {played.comparison.folder("gkd", 0)}
+    told = [line for line in runs.told if "failed" in line]
+    assert len(told) == 1
+    assert told[0].startswith("gkd, seed 0: failed: ")
+    assert "stages.task.learning_rate = 0.001, the recipe now says 0.002" in told[0]
+    assert {"gkd, seed 1", "other, seed 1"} <= set(runs.started)
+    assert played.total() - played.finished() == 1
+
+
+START = {"late": {"start_from": "early"}, "last": {"start_from": "late"}, "early": {"set": {"method": "mse"}}}
+
+
+def test_what_started_from_a_run_with_other_settings_is_not_finished(
+    read: Read, runs: PlayedRuns, tmp_path: Path
+) -> None:
+    runs.play(read(START, seeds=[0]))
+    assert len(runs.started) == 3
+    again = PlayedRuns()
+    again.play(read(START, seeds=[0]))
+    assert again.started == []
+    shutil.rmtree(tmp_path / "out/early/seed0")
+    again.play(read(START, seeds=[0]))
+    assert again.started == ["early, seed 0"]  # trained anew as before
+    shutil.rmtree(tmp_path / "out/early/seed0")
+    changed = read(START | {"early": {"set": {"method": "mse", RATE: 7e-3}}}, seeds=[0])
+    schedule = Schedule(changed, changed.variants, [0])
+    assert schedule.finished() == 0
+    with pytest.raises(InputError, match=r"late, seed 0: 'early', .* has other settings now: remove .*/late/seed0 to"):
+        schedule.check()
+    again = PlayedRuns()
+    again.play(changed)
+    assert again.started == ["early, seed 0"]
+    assert again.told[-1].startswith("late, seed 0: failed: 'early', whose encoder")
+    for name in ("late", "last"):
+        shutil.rmtree(tmp_path / "out" / name)
+    again = PlayedRuns()
+    again.play(changed)
+    assert again.started == ["late, seed 0", "last, seed 0"]
+
+
+def test_a_stage_trained_from_another_encoder_is_not_taken_over(read: Read, runs: PlayedRuns, tmp_path: Path) -> None:
+    twin = {"twin": {"start_from": "early", "set": {RATE: 5e-3}}}
+    runs.play(read(START, seeds=[0]))
+    shutil.rmtree(tmp_path / "out/early")
+    changed = read(START | twin | {"early": {"set": {"method": "mse", RATE: 7e-3}}}, seeds=[0])
+    runs.trained.clear()
+    runs.play(changed, names=["twin"])
+    assert ("twin, seed 0", "task_agnostic") in runs.trained
+
+
+def test_finished_runs_without_a_record_of_their_start_get_one(read: Read, runs: PlayedRuns, tmp_path: Path) -> None:
+    runs.play(read(START, seeds=[0]))
+    record = tmp_path / "out/late/seed0/started_from.txt"
+    written = record.read_text()
+    record.unlink()
+    runs.started.clear()
+    runs.play(read(START, seeds=[0]))
+    assert runs.started == []
+    assert record.read_text() == written
+
+
+def test_a_run_that_outlived_its_parent_is_waited_for(read: Read, runs: PlayedRuns, tmp_path: Path) -> None:
+    comparison = read({"gkd": {}, "mse": {"set": {"method": "mse"}}}, seeds=[0])
+    cell = Schedule(comparison, ["gkd"], [0]).known()[0]
+    cell.prepare("")
+    orphan, lock = PlayedRun(runs, cell), FileLock(cell.folder / ".lock")
+    runs.active.append(orphan)
+    lock.acquire()
+
+    def start(other: Cell, environment: dict[str, str]) -> PlayedRun:
+        assert other.label == "mse, seed 0"
+        while orphan.poll() is None:
+            pass
+        lock.release()
+        return PlayedRuns.start(runs, other, environment)
+
+    runs.start = start
+    runs.play(comparison, jobs=2)
+    assert runs.started == ["mse, seed 0"]
+    waiting = [line for line in runs.told if line.startswith("gkd, seed 0: another program is running it")]
+    assert len(waiting) == 1
+    assert "gkd, seed 0: source 60.0, mean of unseen 35.0" in runs.told
 
 
 def test_a_candidate_that_crashes_leaves_the_choice_open(read: Read, runs: PlayedRuns) -> None:
@@ -147,13 +248,15 @@ def test_a_run_begun_with_other_settings_is_refused(read: Read, runs: PlayedRuns
 
 
 def test_what_only_changes_how_it_runs_leaves_it_finished(read: Read, runs: PlayedRuns, tmp_path: Path) -> None:
-    comparison = read({"gkd": {}})
-    runs.play(comparison)
+    runs.play(read(START))
     moved = tmp_path / "moved"
     (tmp_path / "out").rename(moved)
     runs.started.clear()
-    runs.play(read({"gkd": {}}, output_dir=str(moved)))
+    comparison = read(START, output_dir=str(moved))
+    runs.play(comparison)
     assert runs.started == []
+    results = collect(Schedule(comparison, comparison.variants, comparison.seeds), ["x"])
+    assert results["variants"]["last"]["seeds"]["1"]["steps"] == {"task_agnostic": 3, "task": 3}
 
 
 def test_sigterm_ends_the_runs(read: Read, runs: PlayedRuns, monkeypatch: pytest.MonkeyPatch) -> None:
