@@ -81,7 +81,10 @@ def export_encoder(student: GKDStudentModel, folder: str | os.PathLike, *, image
 
     with _workshop(folder) as place, quiet():
         student.save_encoder(place)
-        image_processor(student.config, image_size).save_pretrained(place)
+        processor = image_processor(student.config, image_size)
+        if student.adapter.pixel_statistics is not None:  # the plain model normalises by itself
+            processor.image_mean, processor.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+        processor.save_pretrained(place)
         loaded = AutoModel.from_pretrained(place).eval()
         sizes = _check_sizes(student, image_size)
         difference = _compare(tokens(student.encoder), tokens(loaded), sizes, "tokens", type(loaded).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,7 +15,7 @@ class GKDStudentConfig(PreTrainedConfig):
     """Everything needed to rebuild a student (GKD, arXiv 2603.02554).
 
     Args:
-        encoder_config: configuration of the inner transformers encoder, or its fields as a mapping.
+        encoder_config: configuration of the inner transformers encoder, which is copied, or its fields as a mapping.
         decode_head: fields of the decode head: ``type`` ("linear", "mask2former", "upernet" or "dpt") and that head's
             options. Only the segmenter has one.
         image_mean, image_std: RGB statistics of [0, 1] pixels that the encoder's input is normalised with.
@@ -43,7 +44,8 @@ class GKDStudentConfig(PreTrainedConfig):
         if isinstance(encoder_config, dict):
             fields = dict(encoder_config)
             encoder_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.encoder_config = encoder_config
+        # A copy: transformers writes into configurations that are part of another, and this may be a live model's.
+        self.encoder_config = copy.deepcopy(encoder_config)
         self.decode_head = dict(decode_head) if decode_head else None
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,6 @@ class EncoderAdapter(ABC):
         positions: name of the positions learned for one image size, which are resampled when it changes.
         position_prefix: number of positions before those of the patches.
         antialias: whether positions are resampled with antialiasing.
-        normalises_pixels: whether the model itself subtracts a mean and divides by a deviation.
         whole_patches: whether an image has to cut into whole patches; plain convolutions take any size.
         norm_epsilon: of the encoder's LayerNorms, where transformers' default is not what it was trained with.
         layer_classes: classes of the layers that are cut over processes one by one, where transformers names none or
@@ -61,7 +61,6 @@ class EncoderAdapter(ABC):
     positions: str | None = None
     position_prefix = 0
     antialias = False
-    normalises_pixels = False
     whole_patches = False
     norm_epsilon: float | None = None
     layer_classes: tuple[str, ...] = ()
@@ -73,6 +72,29 @@ class EncoderAdapter(ABC):
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
+
+    def adjust(self, **fields: Any) -> None:
+        """Set fields of ``config``, in a copy if they differ: the one given may be that of a live model."""
+        if any(getattr(self.config, name) != value for name, value in fields.items()):
+            self.config = copy.deepcopy(self.config)
+            for name, value in fields.items():
+                setattr(self.config, name, value)
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation (RGB, of [0, 1] pixels) of a model that normalises them itself; None for the others.
+
+        Adapters take normalised pixels all the same, so that 0 is the mean colour everywhere: padding, erased and
+        masked places rely on it.
+        """
+        return None
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the least (height, width) in pixels, no smaller than the one given, that the model loses no edge of.
+
+        Of symbolic sizes, too, as a tracer has them.
+        """
+        return whole(height, self.stride), whole(width, self.stride)
 
     @property
     @abstractmethod
@@ -231,3 +253,8 @@ class EncoderAdapter(ABC):
                     f"image {name} {size} is not a multiple of the patch size {self.stride} of "
                     f"{self.config.model_type}; the nearest size that is: {best}"
                 )
+
+
+def whole(size: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return (size + multiple - 1) // multiple * multiple

@@ -5,6 +5,7 @@ Safetensors only, never half-loaded, and never with code that comes with the wei
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ from .errors import InputError, nearest
 from .pull import CONFIGURATION, PICKLES, WEIGHTS, listed_files, pull
 
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-PLAIN_MEAN, PLAIN_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of pixels that the model itself normalises
 
 
 def load_encoder(
@@ -47,17 +47,17 @@ def load_encoder(
             a tensor of the encoder.
     """
     if isinstance(source, PreTrainedConfig | dict):
-        config = source if isinstance(source, PreTrainedConfig) else config_from_mapping(source)
+        # A model keeps its configuration and writes into it: the caller's stays as it is.
+        config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else config_from_mapping(source)
         adapter = adapter_for(config)
-        mean, std = (PLAIN_MEAN, PLAIN_STD) if adapter.normalises_pixels else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = adapter.pixel_statistics or (IMAGENET_MEAN, IMAGENET_STD)
         return adapter.build().float(), mean, std
     source = os.fspath(source)
     folder = _folder_of(source, revision)
-    config = read_config(folder, source)
-    adapter = adapter_for(config)
+    adapter = adapter_for(read_config(folder, source))
     if adapter.norm_epsilon is not None:
-        config.layer_norm_eps = adapter.norm_epsilon
-    mean, std = (PLAIN_MEAN, PLAIN_STD) if adapter.normalises_pixels else _image_statistics(folder, source)
+        adapter.adjust(layer_norm_eps=adapter.norm_epsilon)
+    mean, std = adapter.pixel_statistics or _image_statistics(folder, source)
     if not pretrained:
         return adapter.build().float(), mean, std
     if not os.path.isdir(source):
@@ -68,7 +68,7 @@ def load_encoder(
         try:
             encoder, report = adapter.model_class.from_pretrained(
                 folder,
-                config=config,
+                config=adapter.config,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,

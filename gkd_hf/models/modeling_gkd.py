@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -83,9 +84,10 @@ class GKDStudentModel(GKDStudentPreTrainedModel):
     """
 
     def __init__(self, config: GKDStudentConfig):
-        super().__init__(config)
-        self.adapter = adapter_for(config.encoder_config)
+        super().__init__(copy.deepcopy(config))  # it will follow the encoder, and the caller's stays as it is
+        self.adapter = adapter_for(self.config.encoder_config)
         self.encoder = self.adapter.build()
+        self.config.encoder_config = self.encoder.config
         # 0 is the mean colour of normalised pixels.
         self.mask_pixel = None if self.adapter.native_mask else nn.Parameter(torch.zeros(1, 3, 1, 1))
         self.post_init()
@@ -194,6 +196,7 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         if config.decode_head is None:
             raise InputError("a segmenter needs decode_head in its configuration, for example {'type': 'linear'}")
         self.student = GKDStudentModel(config)
+        self.config = config = self.student.config  # one for both
         adapter = self.student.adapter
         self.map_norms = adapter.map_norms()
         self.decode_head = build_decode_head(
@@ -241,7 +244,8 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         segmenter = cls(config)
         segmenter.student = student
         segmenter._no_split_modules = student._no_split_modules
-        student.config = config
+        segmenter.config.encoder_config = student.encoder.config
+        student.config = segmenter.config
         return segmenter
 
     def freeze_encoder(self, frozen: bool = True, *, tokens_used: bool = False) -> None:

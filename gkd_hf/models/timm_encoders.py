@@ -80,7 +80,7 @@ class TimmAdapter(EncoderAdapter):
         self.anatomy = _anatomy(config.architecture, json.dumps(arguments, sort_keys=True))
         if self.anatomy.resizable and "dynamic_img_size" not in arguments:
             # Saved with the model, so that AutoModel builds one that takes the same images.
-            config.model_args = arguments | {"dynamic_img_size": True}
+            self.adjust(model_args=arguments | {"dynamic_img_size": True})
 
     @property
     def model_class(self) -> type[PreTrainedModel]:

@@ -57,8 +57,7 @@ class TransformerAdapter(EncoderAdapter):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        for name, value in self.settings.items():
-            setattr(config, name, value)
+        self.adjust(**self.settings)
         fields = config.to_dict()
         for name in ("image_size", "patch_size"):
             sides = fields.get(name)
@@ -68,7 +67,7 @@ class TransformerAdapter(EncoderAdapter):
                         f"{config.model_type} with {name} {list(sides)} is not supported: transformers resamples the "
                         "positions of square images and patches only"
                     )
-                setattr(config, name, sides[0])
+                self.adjust(**{name: sides[0]})
 
     @property
     def width(self) -> int:
@@ -202,7 +201,12 @@ class Dinov2WithRegistersAdapter(TransformerAdapter):
 
 
 class DINOv3ViTAdapter(TransformerAdapter):
-    """DINOv3 ViT: rotary positions, computed for every size; registers."""
+    """DINOv3 ViT: rotary positions, computed for every size; registers.
+
+    In train mode transformers shifts, stretches and rescales the coordinates of its patches at random, anew in every
+    call (``pos_embed_rescale`` and its like). Here they are always the exact ones: GKD wants the tokens of an image
+    that is not masked to be the same in both of the student's passes. What is saved does not change.
+    """
 
     model_class = DINOv3ViTModel
     kernel = "embeddings.patch_embeddings.weight"
@@ -213,17 +217,21 @@ class DINOv3ViTAdapter(TransformerAdapter):
     def prefix(self) -> int:
         return 1 + self.config.num_register_tokens
 
+    def run(self, model: PreTrainedModel, pixel_values: torch.Tensor, **arguments: Any) -> BaseModelOutput:
+        if model.rope_embeddings.training:
+            model.rope_embeddings.eval()  # all that its mode decides; it holds no weights
+        return super().run(model, pixel_values, **arguments)
+
 
 class RadioAdapter(TransformerAdapter):
     """RADIO: several class tokens, registers, no final norm, its own normalisation of pixels in [0, 1].
 
-    Its positions are one table that it resamples to every size by itself. The class token is the mean of those that
-    make its summary.
+    That one is undone before it, so that this encoder takes normalised pixels as the others do. Its positions are one
+    table that it resamples to every size by itself. The class token is the mean of those that make its summary.
     """
 
     model_class = RadioModel
     native_mask = False
-    normalises_pixels = True
     # Numbers of the configuration, though transformers keeps them among the weights.
     optional = (*TransformerAdapter.optional, "norm_mean", "norm_std", "summary_idxs")
     kernel, kernel_layout = "embeddings.patch_projection.weight", "channels_first"
@@ -238,6 +246,14 @@ class RadioAdapter(TransformerAdapter):
     @property
     def prefix(self) -> int:
         return self.config.num_summary_tokens
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return tuple(self.config.norm_mean), tuple(self.config.norm_std)
+
+    def run(self, model: PreTrainedModel, pixel_values: torch.Tensor, **arguments: Any) -> BaseModelOutput:
+        mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in self.pixel_statistics)
+        return super().run(model, pixel_values * std + mean, **arguments)
 
     def class_token(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[:, self.config.summary_idxs].mean(1)

@@ -22,7 +22,8 @@ from transformers import (
     ViTModel,
 )
 
-from gkd_hf import GKDStudentModel, InputError
+from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
+from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for
 from gkd_hf.models.loading import config_from_mapping, load_encoder
 from tests.tiny import ENCODERS, EVERY_ENCODER, MORE_ENCODERS
@@ -251,12 +252,49 @@ def test_the_vision_tower_of_a_model_of_images_and_text_is_read(
     assert torch.equal(adapter.forward(encoder.eval(), pixels).patches, expected.patches)
 
 
-def test_a_model_that_normalises_pixels_itself_gets_them_plain(tmp_path: Path) -> None:
+def test_zero_is_the_mean_colour_of_a_model_that_normalises_pixels_itself(tmp_path: Path) -> None:
     encoder, mean, std = load_encoder(MORE_ENCODERS["radio"])
-    assert (mean, std) == ((0.0,) * 3, (1.0,) * 3)
+    assert (mean, std) == (tuple(encoder.config.norm_mean), tuple(encoder.config.norm_std))
+    pixels = torch.rand(1, 3, 32, 32)
+    normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    patches = adapter_for(encoder.config).forward(encoder.eval(), normalised).patches
+    torch.testing.assert_close(patches, encoder(pixels).features)
+    student = GKDStudentModel.from_encoder(MORE_ENCODERS["radio"])
+    seen: list[torch.Tensor] = []
+    student.encoder.input_conditioner.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    student(normalised, bool_masked_pos=torch.ones(1, 16, dtype=torch.bool), mask_grid=(4, 4))
+    torch.testing.assert_close(seen[0], torch.zeros_like(seen[0]), atol=1e-6, rtol=0)
     encoder.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "do_normalize": false}')
     assert load_encoder(tmp_path)[1:] == (mean, std)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "vit", "radio", "swin", "mobilenet_v2"])
+def test_the_callers_configuration_stays_as_it_is(kind: str) -> None:
+    fields = {key: value for key, value in EVERY_ENCODER[kind].items() if key != "model_type"}
+    if "image_size" in fields:
+        fields |= {"image_size": [32, 32], "patch_size": [8, 8]}
+    config = AutoConfig.for_model(EVERY_ENCODER[kind]["model_type"], **fields, attn_implementation="eager")
+    before = config.to_dict()
+    students = [GKDStudentModel.from_encoder(config)]
+    whole = GKDStudentConfig(encoder_config=config, decode_head={"type": "linear"})
+    students.append(GKDStudentModel(whole))
+    students.append(GKDStudentForSemanticSegmentation(whole).student)
+    assert config.to_dict() == before and whole.encoder_config.to_dict() == before
+    for student in students:
+        student.set_geometry(64)
+        assert student.config.encoder_config is student.encoder.config is not config
+        assert isinstance(student.adapter.stride, int)
+    assert config.to_dict() == before and config._attn_implementation == "eager"
+
+
+def test_a_segmenter_and_its_student_have_one_configuration() -> None:
+    student = GKDStudentModel.from_encoder(ENCODERS["vit"])
+    segmenter = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3)
+    for each in (segmenter, GKDStudentForSemanticSegmentation(segmenter.config)):
+        each.student.set_geometry(64)
+        assert each.config is each.student.config
+        assert each.config.encoder_config.image_size == 64
 
 
 def edit(folder: Path, **fields: Any) -> None:

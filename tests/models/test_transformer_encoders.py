@@ -32,6 +32,13 @@ def make_encoder(kind: str, **fields: int) -> PreTrainedModel:
     return encoder.eval()
 
 
+def as_model_takes(encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised pixels as the plain model wants them: RADIO normalises by itself."""
+    if adapter_for(encoder.config).pixel_statistics is None:
+        return pixels
+    return pixels * encoder.input_conditioner.norm_std + encoder.input_conditioner.norm_mean
+
+
 def test_who_has_learned_positions() -> None:
     assert FREE == ["dinov3_vit", "radio", "siglip2"]
     assert len(LEARNED) >= 8
@@ -81,7 +88,7 @@ def test_class_token(kind: str) -> None:
     encoder = make_encoder(kind)
     pixels = torch.randn(2, 3, 32, 32)
     output = adapter_for(encoder.config).forward(encoder, pixels)
-    own = encoder(pixels) if kind != "siglip2" else None
+    own = encoder(as_model_takes(encoder, pixels)) if kind != "siglip2" else None
     if kind in ("ijepa", "siglip", "siglip2"):
         expected = output.patches.mean(1)
     elif kind == "radio":
@@ -93,6 +100,20 @@ def test_class_token(kind: str) -> None:
     torch.testing.assert_close(output.cls, expected)
     if kind == "radio":
         torch.testing.assert_close(output.patches, own.features)
+
+
+def test_dinov3_gives_an_image_the_same_tokens_twice_in_training() -> None:
+    student = GKDStudentModel.from_encoder(
+        EVERY_ENCODER["dinov3_vit"] | {"pos_embed_rescale": 2.0, "pos_embed_shift": 0.5, "pos_embed_jitter": 2.0}
+    ).train()
+    student._replace_encoder(make_encoder("dinov3_vit", initializer_range=0.5, pos_embed_rescale=2.0).train())
+    pixels = torch.randn(2, 3, 32, 48)
+    plain = [student.encoder(pixels).last_hidden_state for _ in range(2)]
+    assert (plain[0] - plain[1]).std() > 1e-3 * plain[0].std()  # what transformers does to it matters
+    tokens = [student(pixels).last_hidden_state for _ in range(2)]
+    assert torch.equal(*tokens) and student.encoder.training
+    assert torch.equal(student.eval()(pixels).last_hidden_state, tokens[0])
+    assert student.config.encoder_config.pos_embed_rescale == 2.0
 
 
 def test_siglip2_gets_the_patches_of_its_image_processor() -> None:
@@ -170,7 +191,6 @@ def test_patch_kernels_are_resized_bicubically(kind: str) -> None:
     target.forward(rebuilt, pixels)
     hook.remove()
     bias = rebuilt.get_submodule(name).bias
-    pixels = rebuilt.input_conditioner(pixels) if adapter.normalises_pixels else pixels
     convolved = F.conv2d(pixels, expected, bias, stride=16)
     tokens = seen[0] if seen[0].dim() == 4 else seen[0].transpose(1, 2).unflatten(2, (4, 6))
     torch.testing.assert_close(tokens, convolved, atol=1e-4, rtol=1e-4)
