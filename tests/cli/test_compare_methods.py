@@ -86,7 +86,7 @@ def test_a_comparison_ended_in_the_middle_goes_on(
     printed = capfd.readouterr().out
     assert "4 runs, 1 finished before" in printed
     assert "│ GKD " in printed
-    assert "│ student alone          │    0 │" in printed  # held against what was stored
+    assert "│ student alone   │    0 │ mean unseen │" in printed  # held against what was stored
     assert report.stat().st_mtime_ns == written
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     for variant in results["variants"].values():
