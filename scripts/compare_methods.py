@@ -6,6 +6,13 @@
     python scripts/compare_methods.py COMPARISON.yaml --only gkd alone --seeds 0 stages.task.max_steps=50
     python scripts/compare_methods.py COMPARISON.yaml --check STORED.json
 
+COMPARISON.yaml names `recipe` (a file, or a recipe's keys), `output_dir`, `seeds`, the `reference` that gains are
+told against, and `variants` by name: `title`; `set`, recipe keys and their values; `tune`, keys and lists of values,
+of which the best on the source's held-out split is taken with the first seed; `tuned_as`, another variant whose
+choice it takes; `start_from`, another variant whose encoder its student starts from; `shown: false` for one that is
+only a step on the way. `groups` are headings of the table with names of variants, `spread` the points by which
+`--check` lets results differ. scripts/recipes/toy_compare.yaml is an example of all of it.
+
 `key.sub=value` changes the recipe that all variants share; what a variant sets itself stays. Stages that runs have in
 common are trained once. The same command goes on where an interrupted one stood, and runs only what is missing where
 variants or seeds were added. results.json, results.md and results.png in the comparison's output_dir are written anew

@@ -71,7 +71,10 @@ def draw_comparison(path: Path, results: Mapping[str, Any]) -> None:
     for y, text, style in texts:
         figure.text(0.12 / width, 1 - y / total, text, va="center", **style)
     labels = (
-        (left + DOTS_WIDTH / 2, f"mean mIoU over {len(results['domains'])} unseen domains (%)"),
+        (
+            left + DOTS_WIDTH / 2,
+            f"mean mIoU over {len(results['domains'])} unseen domain{'s' * (len(results['domains']) != 1)} (%)",
+        ),
         (left + DOTS_WIDTH + between + grid_width / 2, f"gain over {_reference(results)['title']} (points of mIoU)"),
     )
     for x, text in labels:

@@ -52,7 +52,7 @@ def plan(schedule: Schedule) -> str:
         lines += [f"  tuning {values_text(cell.tuned)}: {_standing(schedule, cell)}" for cell in trials]
         tuner, choice = comparison.tuner(variant), schedule.choice(variant)
         if seeds and tuner is not None:
-            applied = f"by tuning {tuner.name}"
+            applied = f"by tuning '{tuner.name}'"
             if choice is not None:
                 applied = values_text(schedule.finals(name)[0].applied) or f"those of {tuner.name} do not apply"
             lines.append(f"  hyper-parameters: {applied}")

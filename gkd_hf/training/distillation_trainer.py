@@ -119,6 +119,12 @@ class GKDDistillationTrainer(StreamTrainer):
                 args.mask_probability,
                 args.per_device_train_batch_size,
             )
+        if 0 < args.max_steps <= args.query_warmup_steps:
+            logger.warning(
+                "The query branches are never used: query_warmup_steps %d is not less than the %d steps of training.",
+                args.query_warmup_steps,
+                args.max_steps,
+            )
         for name, parameter in student.named_parameters():
             if name.endswith(("mask_token", "mask_pixel")):
                 parameter.requires_grad_(masked)

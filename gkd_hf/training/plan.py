@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import OBJECTIVES
+from gkd_hf.distillation.one_stage import check_method
 from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
 from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
@@ -211,11 +212,27 @@ def _stage_lines(
             lines.append(
                 f"  query branches off for {stage.query_warmup_steps} steps, then copies of the value branches"
             )
+        if steps is not None and stage.query_warmup_steps >= steps and recipe.method == "gkd":
+            lines.append("  NOTE: the stage ends before its query branches begin: it is trained as method mse")
         frozen = "the teacher" if len(teachers) == 1 else "the teachers"
         lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teachers)}; frozen: {frozen}")
     else:
         lines += _task_lines(recipe, stage, student)
+        _check_one_stage(recipe, stage, student, teachers)
     return lines
+
+
+def _check_one_stage(
+    recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder, teachers: list[PlannedEncoder]
+) -> None:
+    """Refuse one-stage methods that these two encoders cannot have, where both are known."""
+    if not recipe.one_stage or student.config is None or teachers[0].config is None:
+        return
+    own, teacher = adapter_for(student.config), adapter_for(teachers[0].config)
+    stride = (own if own.owns_grid else teacher).stride
+    for name in recipe.one_stage:
+        grid = (max(1, round(stage.image_size / stride)),) * 2
+        check_method(name, own, teacher, grid, **recipe.method_settings(name))
 
 
 def _task_lines(recipe: Recipe, stage: TaskRecipe, student: PlannedEncoder) -> list[str]:

@@ -269,6 +269,13 @@ def test_a_step_on_paper_counts_teacher_and_projections(name: str) -> None:
     assert cost.flops > plain.flops
 
 
+def test_the_plan_refuses_what_two_encoders_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stages.task: vitkd .*resnet.* no blocks"):
+        plan(tiny_recipe(tmp_path, method="vitkd"))
+    told = plan(tiny_recipe(tmp_path, **{"stages.domain_agnostic.query_warmup_steps": "2"}))
+    assert "NOTE: the stage ends before its query branches begin" in told
+
+
 def test_a_comparison_is_no_recipe() -> None:
     with pytest.raises(InputError, match="compares methods: run it with scripts/compare_methods.py"):
         load_recipe("scripts/recipes/toy_compare.yaml")
