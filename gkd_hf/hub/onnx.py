@@ -61,7 +61,8 @@ class Segmenter(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = copy.deepcopy(model).float().cpu().eval()
-        self.stride = self.model.student.adapter.stride if isinstance(model, GKDStudentForSemanticSegmentation) else 1
+        own = isinstance(model, GKDStudentForSemanticSegmentation)
+        self.padded_size = self.model.student.adapter.padded_size if own else None
         for module in self.model.modules():
             if isinstance(module, nn.AdaptiveAvgPool2d):
                 # PyTorch's is exported with the windows of the traced size. UperNet keeps its pools in a plain list
@@ -69,11 +70,10 @@ class Segmenter(nn.Module):
                 module.forward = partial(_adaptive_average, output_size=module.output_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        height, width = pixel_values.shape[-2:]
-        # A GKD segmenter pads to whole strides only if it has to; a graph has no such branch, so it pads by 0 then.
-        rows = (height + self.stride - 1) // self.stride * self.stride
-        columns = (width + self.stride - 1) // self.stride * self.stride
-        if self.stride > 1:
+        height, width = rows, columns = pixel_values.shape[-2:]
+        if self.padded_size is not None:
+            # A GKD segmenter pads only if it has to; a graph has no such branch, so it pads by 0 then.
+            rows, columns = self.padded_size(height, width)
             pixel_values = F.pad(pixel_values, (0, columns - width, 0, rows - height))
         return class_logits(self.model(pixel_values), (rows, columns))[..., :height, :width]
 

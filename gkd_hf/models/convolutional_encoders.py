@@ -21,9 +21,12 @@ from transformers import (
     ResNetModel,
 )
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .errors import InputError
 from .hierarchical_encoders import ListedStagesAdapter, MapNorm, StageMapAdapter, one_side
+
+logger = logging.get_logger(__name__)
 
 
 class ResNetAdapter(ListedStagesAdapter):
@@ -214,7 +217,7 @@ class MobileViTAdapter(_BatchNormAdapter):
     """MobileViT: convolutions with attention among them; the coarsest map is the last 1×1 convolution's.
 
     transformers resizes a map that does not cut into its attention's patches of 2×2 and resizes it back (sides that
-    are no multiples of twice the stride): no edge is lost, but the result is a little blurred.
+    are no multiples of twice the stride): no edge is lost, but the result is a little blurred, which a warning says.
     """
 
     model_class = MobileViTModel
@@ -223,6 +226,16 @@ class MobileViTAdapter(_BatchNormAdapter):
     @property
     def map_channels(self) -> tuple[int, ...]:
         return (*self.config.neck_hidden_sizes[2:5], self.config.neck_hidden_sizes[6])
+
+    def encode(self, model: PreTrainedModel, pixel_values: torch.Tensor, output_maps: bool) -> ModelOutput:
+        if not torch.compiler.is_compiling():
+            height, width = pixel_values.shape[-2:]
+            if any(-(-side // stride) % 2 for stride in self.map_strides[1:] for side in (height, width)):
+                logger.warning_once(
+                    f"mobilevit resizes and so blurs maps of an odd side, as it has for images of {height}×{width} "
+                    f"pixels: multiples of {2 * self.stride} avoid that"
+                )
+        return super().encode(model, pixel_values, output_maps)
 
     @property
     def map_strides(self) -> tuple[int, ...]:

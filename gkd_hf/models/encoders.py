@@ -7,6 +7,7 @@ ResNet-50 is a ``ResNetModel``).
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -88,10 +89,19 @@ def adapter_class(kind: str) -> type[EncoderAdapter]:
 
 
 def check_installed(kind: str) -> None:
-    """Raise `InputError` if a model type needs a package that is not installed."""
+    """Raise `InputError` if a model type needs a package that is not installed, or that cannot be imported."""
     extra = ADAPTERS[kind].extra if kind in ADAPTERS else None
-    if extra is not None and find_spec(extra) is None:
+    if extra is None:
+        return
+    if find_spec(extra) is None:
         raise InputError(f"encoders of type {kind} need {extra}, which is not installed: pip install gkd_hf[{extra}]")
+    try:
+        import_module(extra)
+    except Exception as error:  # whatever a package of native code raises that was built for another torch
+        raise InputError(
+            f"encoders of type {kind} need {extra}, which is installed and cannot be imported (is torchvision the one "
+            f"made for torch {torch.__version__}?): {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def adapter_for(config: PreTrainedConfig) -> EncoderAdapter:

@@ -289,19 +289,23 @@ class GKDStudentForSemanticSegmentation(GKDStudentPreTrainedModel):
         output_blocks: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> GKDSegmenterOutput:
-        """Segment B×3×H×W normalised pixels of any size.
+        """Segment B×3×H×W normalised pixels of any size (but timm's encoders for one size take none above that).
+
+        Images that the encoder would lose an edge of are padded below and on the right with 0, the mean colour, to the
+        least size that it takes whole, and the padding's logits are cut away.
 
         Args:
             labels: B×H×W train ids, 255 ignored; gives a loss.
-            output_student: also return what the student says of the images (padded to whole patches).
+            output_student: also return what the student says of the images, as padded.
             output_blocks: see `GKDStudentModel.forward`.
 
         Returns:
-            logits B×K×h×w at the head's stride (resize them to the image), and the loss with its terms.
+            logits B×K×h×w at the head's stride (resize them to the image), or B×K×H×W if the image was padded, and
+            the loss with its terms.
         """
         height, width = pixel_values.shape[-2:]
-        stride = self.student.adapter.stride
-        padding = (0, -width % stride, 0, -height % stride)
+        rows, columns = self.student.adapter.padded_size(height, width)
+        padding = (0, columns - width, 0, rows - height)
         padded = any(padding)
         if padded:
             pixel_values = F.pad(pixel_values, padding)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from math import lcm
 from operator import mul
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PvtV2Model, SegformerModel, SwinModel, Swinv2Model
 
-from .encoder_adapter import EncoderOutput
+from .encoder_adapter import EncoderOutput, whole
 from .errors import InputError
 from .hierarchical_encoders import HierarchicalAdapter, ListedStagesAdapter, MapNorm, one_side
 
@@ -74,6 +75,11 @@ class SwinAdapter(_WindowAdapter):
 
     def map_norms(self) -> nn.ModuleList:
         return nn.ModuleList(MapNorm(c, eps=1e-5, layout=torch.contiguous_format) for c in self.map_channels)
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        height, width = super().padded_size(height, width)
+        least = self.config.window_size * self.stride
+        return torch.sym_max(height, least), torch.sym_max(width, least)
 
     def check_image_size(self, height: int, width: int) -> None:
         """Also raise `InputError` if the last map would be smaller than a window, for which Swin has no attention."""
@@ -142,6 +148,10 @@ class _ReducedAttentionAdapter(ListedStagesAdapter):
     def reductions(self) -> tuple[int, ...]:
         """Positions per key along one axis, for each stage."""
         return tuple(self.config.sr_ratios)
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        multiple = lcm(self.stride, *map(mul, self.map_strides, self.reductions))
+        return whole(height, multiple), whole(width, multiple)
 
     def check_image_size(self, height: int, width: int) -> None:
         """Also raise `InputError` if a stage would give its attention no keys for the edge of its map."""

@@ -115,6 +115,11 @@ class TimmAdapter(EncoderAdapter):
     def sharded_layers(self, model: PreTrainedModel) -> set[str]:
         return set(self.anatomy.layers)
 
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        height, width = super().padded_size(height, width)
+        least = 0 if self.anatomy.any_size else self.anatomy.image_size
+        return torch.sym_max(height, least), torch.sym_max(width, least)
+
     def check_image_size(self, height: int, width: int) -> None:
         """Also raise `InputError` for another size than a model was built for that takes only that one."""
         super().check_image_size(height, width)
@@ -211,11 +216,11 @@ def _anatomy(architecture: str, arguments: str) -> Anatomy:
     try:
         features, states = model.forward_intermediates(torch.empty(1, 3, size, size, device="meta"))
         anatomy = _described(model, architecture, size, resizable, features, states)
+        return _with_idle_parameters(model, architecture, anatomy)
     except InputError:
         raise
     except Exception as error:  # no intermediate features, none without data, or none that can be placed in the model
         raise InputError(f"timm's {architecture} is not supported as an encoder: {_first_line(error)}") from error
-    return _with_idle_parameters(model, architecture, anatomy)
 
 
 def _described(

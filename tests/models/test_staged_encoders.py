@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoBackbone, AutoConfig, AutoModel
 
-from gkd_hf import GKDStudentModel, InputError
+from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputError
+from gkd_hf.models import convolutional_encoders
 from gkd_hf.models.encoders import adapter_for
 from gkd_hf.models.loading import config_from_mapping
 from tests.tiny import ENCODERS
@@ -84,20 +86,71 @@ def test_what_an_image_gives_does_not_depend_on_those_before(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", (*STAGED, "convnext", "mobilenet_v2", "resnet"))
 def test_no_edge_pixel_is_dropped(kind: str) -> None:
-    """The last row and column of an image of any size reach the tokens, or the size is refused."""
+    """The last tokens see the last row and column of an image of any size, or the size is refused."""
     student = student_of(kind)
     for size in (64, 65, 72, 80):
-        pixels = torch.randn(1, 3, size, size)
-        bottom, right = pixels.clone(), pixels.clone()
-        bottom[:, :, -1] += 3
-        right[..., -1] += 3
+        pixels = torch.randn(1, 3, size, size, requires_grad=True)
         try:
-            tokens = student(pixels).last_hidden_state
+            output = student(pixels)
         except InputError:
             assert size % student.adapter.stride
             continue
-        for changed in (bottom, right):
-            assert not torch.allclose(student(changed).last_hidden_state, tokens, atol=1e-6), size
+        last = output.last_hidden_state.unflatten(1, output.grid)[:, -1, -1]
+        (gradient,) = torch.autograd.grad((last * torch.randn_like(last)).sum(), pixels)
+        gradient = gradient.abs().sum((0, 1))
+        typical = gradient[-size // 2 :, -size // 2 :].mean()
+        assert gradient[-1].max() > 1e-3 * typical > 0 and gradient[:, -1].max() > 1e-3 * typical, size
+
+
+@pytest.mark.parametrize(
+    "kind, changes, size, padded",
+    [
+        ("swin", {"window_size": 4}, (40, 70), (64, 80)),
+        ("segformer", {"sr_ratios": [8, 4, 2]}, (50, 64), (64, 64)),
+        ("pvt_v2", {"sr_ratios": [4, 4, 2]}, (48, 80), (64, 96)),
+        ("pvt_v2", {"sr_ratios": [4, 4, 2], "linear_attention": True}, (48, 70), (48, 80)),
+        ("convnext", {}, (33, 64), (48, 64)),
+    ],
+)
+def test_a_segmenter_takes_images_of_any_size(
+    kind: str, changes: dict[str, Any], size: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    model = GKDStudentForSemanticSegmentation.from_student(student_of(kind, **changes), num_labels=3).eval()
+    adapter = model.student.adapter
+    assert adapter.padded_size(*size) == padded == adapter.padded_size(*padded)
+    pixels = torch.randn(1, 3, *size)
+    below = F.pad(pixels, (0, padded[1] - size[1], 0, padded[0] - size[0]))
+    logits = F.interpolate(model(below).logits, padded, mode="bilinear", align_corners=False)
+    assert torch.equal(
+        model(pixels, torch.zeros(1, *size, dtype=torch.long)).logits, logits[..., : size[0], : size[1]]
+    )
+
+
+@pytest.mark.parametrize("kind", ["swin", "swinv2", "segformer", "pvt_v2", "convnext", "dinov3_convnext"])
+def test_stochastic_depth_is_off_unless_the_encoder_learns(kind: str) -> None:
+    student = student_of(kind, drop_path_rate=0.5)
+    pixels = torch.randn(4, 3, 64, 64)
+    tokens = student(pixels).last_hidden_state
+    assert torch.equal(student(pixels).last_hidden_state, tokens)
+    student.train()
+    assert not torch.equal(student(pixels).last_hidden_state, student(pixels).last_hidden_state)
+    model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=3)
+    model.freeze_encoder()
+    model.train()
+    frozen = [model(pixels, output_student=True).student.last_hidden_state for _ in range(2)]
+    assert torch.equal(*frozen)
+    torch.testing.assert_close(frozen[0], tokens)  # attention rounds differently where no gradient is wanted
+
+
+def test_mobilevit_says_once_that_it_blurs_odd_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(convolutional_encoders.logger, "warning", lambda message, *rest: said.append(message))
+    student = student_of("mobilevit")
+    student(torch.randn(1, 3, 64, 128))
+    assert said == []
+    for _ in range(2):
+        student(torch.randn(1, 3, 64, 160))
+    assert len(said) == 1 and "64×160 pixels: multiples of 64 avoid that" in said[0]
 
 
 @pytest.mark.parametrize(

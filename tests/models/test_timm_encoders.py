@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ from gkd_hf import GKDStudentForSemanticSegmentation, GKDStudentModel, InputErro
 from gkd_hf.models import timm_encoders
 from gkd_hf.models.loading import load_encoder
 
-needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is an extra")
+
+def can_be_imported(package: str) -> bool:
+    try:
+        import_module(package)
+    except Exception:  # not only ImportError: a torchvision of another torch raises its own kinds
+        return False
+    return True
+
+
+needs_timm = pytest.mark.skipif(not can_be_imported("timm"), reason="timm is an extra")
 without_timm = pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
 
 EVA = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 56, "ref_feat_shape": [4, 4]}
@@ -70,6 +80,16 @@ def test_without_timm_a_repo_of_timms_says_so(tmp_path: Path) -> None:
 def test_without_timm_it_is_said_what_to_install() -> None:
     with pytest.raises(InputError, match=r"need timm, .* pip install gkd_hf\[timm\]") as refused:
         GKDStudentModel.from_encoder(fields("eva02_tiny_patch14_224"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_timm_that_cannot_be_imported_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(InputError, match=r"cannot be imported \(is torchvision .* made for torch .*::nms") as refused:
+        load_encoder(fields("eva02_tiny_patch14_224"))
     assert "\n" not in str(refused.value)
 
 
@@ -192,6 +212,8 @@ def test_student_survives_saving(tmp_path: Path) -> None:
         ("eva02_tny_patch14_224", {}, "timm .* cannot build 'eva02_tny_patch14_224': Unknown model"),
         ("resnet10t", {"embed_dim": 3}, "timm .* cannot build 'resnet10t': .*embed_dim"),
         ("resnet10t", {"features_only": True}, "timm_wrapper with features_only is not supported"),
+        ("hiera_tiny_224", {}, "timm's hiera_tiny_224 is not supported as an encoder: "),
+        ("levit_128", {}, "timm's levit_128 is not supported as an encoder: "),
         ("mobilenetv3_small_050", {}, r"parameters that no token passes \(conv_head.weight, conv_head.bias\)"),
     ],
 )
