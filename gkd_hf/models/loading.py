@@ -97,6 +97,7 @@ def config_from_mapping(fields: dict[str, Any]) -> PreTrainedConfig:
     kind = fields.pop("model_type", None)
     if kind is None:
         raise InputError("an encoder given by its fields needs 'model_type', for example model_type: resnet")
+    check_installed(kind)
     try:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
