@@ -85,9 +85,13 @@ def test_loader_workers_outlive_a_signal_to_all(streamed: bool, tmp_path: Path) 
     for _ in range(4):  # more than were fetched before
         assert len(next(batches)["pixel_values"]) == 4
     assert worker.is_alive()
-    sigterm.end_workers()  # or the program's end would wait for one that hangs
-    worker.join(timeout=30)
-    assert worker.exitcode == -signal.SIGKILL
+    of_torch = signal.getsignal(signal.SIGCHLD)
+    try:
+        sigterm.end_workers()  # or the program's end would wait for one that hangs
+        worker.join(timeout=30)  # torch's handler would raise an error here
+        assert worker.exitcode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGCHLD, of_torch)
 
 
 def test_loader_workers_of_evaluations_outlive_it_too(tmp_path: Path) -> None:
