@@ -52,16 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 for failed runs or a failed check, 2 for wrong input, 130 after Ctrl-C."""
     arguments = parse(argv)
-    from gkd_hf.training.sigterm import Preempted, ending_at_once
+    from gkd_hf.training.sigterm import interruptible
 
-    try:
-        with ending_at_once():
-            return run(arguments)
-    except Preempted:
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this comparison stood", file=sys.stderr)
-        return 130
+    return interruptible(lambda: run(arguments), "the same command goes on where this comparison stood")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -85,16 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     3 says that the loss left the finite numbers.
     """
     arguments = parse(argv)
-    from gkd_hf.training.sigterm import Preempted, ending_at_once
+    from gkd_hf.training.sigterm import interruptible
 
-    try:
-        with ending_at_once():
-            return run(arguments)
-    except Preempted:
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint, if there was one yet", file=sys.stderr)
-        return 130
+    goes_on = "the same command goes on from the last checkpoint, if there was one yet"
+    return interruptible(lambda: run(arguments), goes_on)
 
 
 def run(arguments: argparse.Namespace) -> int:

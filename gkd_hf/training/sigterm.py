@@ -70,6 +70,22 @@ def ending_at_once() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
 
 
+def interruptible(run: Callable[[], int], interrupted: str) -> int:
+    """Call a program's ``run`` and return its exit code: 0 after SIGTERM, 130 after Ctrl-C.
+
+    Args:
+        interrupted: how the program goes on after Ctrl-C, told on stderr.
+    """
+    try:
+        with ending_at_once():
+            return run()
+    except Preempted:
+        return 0
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+
+
 def outlive_sigterm(worker: int, first: Callable[[int], None] | None = None) -> None:
     """Let a loader's worker outlive every SIGTERM sent to the whole process group: the step that saves needs samples.
 
