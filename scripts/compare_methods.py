@@ -80,4 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the library was imported
+        print("interrupted before anything was begun", file=sys.stderr)
+        sys.exit(130)

@@ -126,4 +126,8 @@ def end_early(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end_early)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the library was imported
+        print("interrupted before anything was begun", file=sys.stderr)
+        sys.exit(130)
