@@ -99,7 +99,7 @@ def test_cards_follow_what_was_trained(
         ([*ONLY_THE_TASK, "baselines=[none, kd]"], "teacher of a baseline"),
         (["method=none", "baselines=[kd]"], "teacher of a baseline"),
         (["baselines=[none]"], "teacher"),
-        (["method=vitkd", "baselines=[none]"], "teacher"),
+        (["method=cwd", "baselines=[none]"], "teacher"),
     ],
 )
 def test_only_a_teacher_that_teaches_is_told_of(
