@@ -38,6 +38,7 @@ __all__ = [
     "SOURCE_STYLE",
     "STYLES",
     "TARGET_STYLES",
+    "is_written",
     "Geometry",
     "Palette",
     "Style",
@@ -167,6 +168,15 @@ def toy_city(style: str | Style, count: int, *, size: int = 64, seed: int = 0) -
     )
 
 
+def is_written(folder: str | os.PathLike, split: str) -> bool:
+    """Whether :func:`write_shards` has come to its end for this split."""
+    return _manifest(Path(folder), split).exists()
+
+
+def _manifest(folder: Path, split: str) -> Path:
+    return folder / f".{split}.json"
+
+
 def write_shards(
     folder: str | os.PathLike,
     style: str | Style,
@@ -188,7 +198,7 @@ def write_shards(
     found = _checked(style, count, size)
     folder = Path(folder)
     made_with = {"style": f"{_key(found):016x}", "count": count, "size": size, "seed": seed, "world": WORLD_VERSION}
-    manifest, draft = folder / f".{split}.json", folder / f".{split}.draft.json"
+    manifest, draft = _manifest(folder, split), folder / f".{split}.draft.json"
     for record in (manifest, draft):
         if record.exists() and json.loads(record.read_text()) != made_with:
             raise InputError(

@@ -18,7 +18,7 @@ from gkd_hf.data.manifest import Manifest, find_manifest
 from gkd_hf.data.mixing import Source
 from gkd_hf.data.shards import Rows, count_rows, is_hub_id, open_rows
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
-from gkd_hf.data.toy_city import STYLES, write_shards
+from gkd_hf.data.toy_city import STYLES, is_written, write_shards
 from gkd_hf.data.toy_city_styles import SOURCE_STYLE
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
 from gkd_hf.errors import InputError, nearest
@@ -203,15 +203,15 @@ class RecipeData:
         settings = self.recipe.data.toy_city
         for use in self.uses():
             if is_rendered(self.recipe, use.domain):
-                if not progress:
-                    print(
-                        f"[data] rendering {use.domain} ({use.split}) unless it is there", file=sys.stderr, flush=True
-                    )
+                images = toy_city_images(self.recipe, use.domain, use.role)
+                if not progress and not is_written(self.location(use.domain), use.split):
+                    what = f"{use.domain} ({use.split}), {images:,} images"
+                    print(f"[data] rendering {what}", file=sys.stderr, flush=True)
                 write_shards(
                     self.location(use.domain),
                     toy_city_style(use.domain),
                     use.split,
-                    toy_city_images(self.recipe, use.domain, use.role),
+                    images,
                     size=settings.size,
                     # A held-out split is other scenes, not the first ones of the training split again.
                     seed=2 * settings.seed + (use.role != "train"),

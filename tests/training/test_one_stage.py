@@ -28,6 +28,7 @@ from gkd_hf.training.one_stage_trainer import GKDOneStageTrainer
 from gkd_hf.training.pipeline import run
 from gkd_hf.training.plan import plan
 from gkd_hf.training.recipe import Recipe
+from gkd_hf.training.recipe_data import RecipeData
 from gkd_hf.training.recipe_file import load_recipe
 from gkd_hf.training.step_cost import SegmentationStep
 from tests.tiny import ENCODERS
@@ -279,3 +280,13 @@ def test_the_plan_refuses_what_two_encoders_cannot_do(tmp_path: Path) -> None:
 def test_a_comparison_is_no_recipe() -> None:
     with pytest.raises(InputError, match="compares methods: run it with scripts/compare_methods.py"):
         load_recipe("scripts/recipes/toy_compare.yaml")
+
+
+def test_rendering_is_told_of_where_there_is_something_to_render(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = RecipeData(tiny_recipe(tmp_path))
+    data.render_toy_city(progress=False)
+    assert "[data] rendering toy_city (train), 12 images" in capsys.readouterr().err
+    data.render_toy_city(progress=False)
+    assert capsys.readouterr().err == ""
