@@ -45,6 +45,8 @@ __all__ = [
     "EncoderAdapter",
     "EncoderOutput",
     "adapter_for",
+    "common_grid",
+    "grid_owner",
     "mask_image",
     "resample_geometry",
     "resample_tokens",
@@ -115,6 +117,16 @@ def vision_tower(config: PreTrainedConfig) -> PreTrainedConfig:
         return config
     tower = config.vision_config
     return tower if tower.model_type in ADAPTERS else config
+
+
+def grid_owner(student: EncoderAdapter, teacher: EncoderAdapter) -> EncoderAdapter:
+    """Return whose grid of tokens the two are compared on."""
+    return student if student.owns_grid else teacher
+
+
+def common_grid(student: EncoderAdapter, teacher: EncoderAdapter, image_size: int) -> tuple[int, int]:
+    """Return the (h, w) grid of tokens on which the two are compared on square images of ``image_size`` pixels."""
+    return (max(1, round(image_size / grid_owner(student, teacher).stride)),) * 2
 
 
 def mask_image(

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gkd_hf.errors import InputError
+from gkd_hf.models.encoders import common_grid
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.recipe import StageRecipe
@@ -57,9 +58,7 @@ def check_grids(student: GKDStudentModel, teachers: Sequence[GKDTeacher], image_
     stride = student.adapter.stride
     if image_size < 2 * stride:
         raise InputError(f"image_size {image_size} leaves the student a single token: {2 * stride} is the least")
-    grid = teachers[0].grid_for(image_size)
-    if student.adapter.owns_grid:
-        grid = (image_size // student.adapter.stride,) * 2
+    grid = common_grid(student.adapter, teachers[0].adapter, image_size)
     for teacher in teachers:
         teacher.fit_geometry(image_size, grid)
     return grid

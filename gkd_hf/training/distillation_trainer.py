@@ -19,7 +19,7 @@ from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
 from gkd_hf.distillation.standardise import TokenStatistics
 from gkd_hf.hub.run_facts import RunFacts
-from gkd_hf.models.encoders import EncoderOutput
+from gkd_hf.models.encoders import EncoderOutput, grid_owner
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
@@ -107,7 +107,7 @@ class GKDDistillationTrainer(StreamTrainer):
         if args.activation_checkpointing:
             student.check_activation_checkpointing()
         # A student whose tokens have their places dictates the grid; a CNN's map is resampled to the teacher's.
-        grid_owner = student.adapter if student.adapter.owns_grid else self.teacher.adapter
+        owner = grid_owner(student.adapter, self.teacher.adapter)
         model = GKDDistiller(student, objective or new_objective(student, self.teachers, args))
         check_objective(model.objective, student, self.teachers)
         # Masks a batch never draws would leave their parameter without a gradient.
@@ -132,7 +132,7 @@ class GKDDistillationTrainer(StreamTrainer):
             model,
             args,
             train_dataset,
-            data_collator=data_collator or MaskingCollator(grid_owner.stride, args),
+            data_collator=data_collator or MaskingCollator(owner.stride, args),
             callbacks=[BeforeFirstStep(self._fit_standardisation), *(callbacks or [])],
             title=title,
         )

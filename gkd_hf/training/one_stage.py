@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gkd_hf.distillation.one_stage import ONE_STAGE, OneStageMethod, check_method
 from gkd_hf.errors import InputError
+from gkd_hf.models.encoders import common_grid
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.task_teacher import TaskTeacher
 from gkd_hf.teacher import GKDTeacher
@@ -41,18 +42,11 @@ def check_one_stage(recipe: Recipe, name: str, student: GKDStudentModel, teacher
             name,
             student.adapter,
             teacher.adapter,
-            common_grid(student, teacher, image_size),
+            common_grid(student.adapter, teacher.adapter, image_size),
             **recipe.method_settings(name),
         )
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
-
-
-def common_grid(student: GKDStudentModel, teacher: GKDTeacher, image_size: int) -> tuple[int, int]:
-    """The grid of tokens on which student and teacher are compared."""
-    if student.adapter.owns_grid:
-        return (image_size // student.adapter.stride,) * 2
-    return teacher.grid_for(image_size)
 
 
 def new_teacher(recipe: Recipe, head: Path | None = None) -> TaskTeacher:
@@ -75,7 +69,7 @@ def teacher_as_student(recipe: Recipe, student: GKDStudentModel, image_size: int
     """
     body = GKDStudentModel.from_encoder(teacher_source(recipe.teacher), revision=recipe.teacher.revision)
     with_geometry = new_teacher(recipe)
-    grid = common_grid(student, with_geometry, image_size)
+    grid = common_grid(student.adapter, with_geometry.adapter, image_size)
     if recipe.teacher.geometry == "native":
         return body, grid[0] * body.adapter.stride
     with_geometry.fit_geometry(image_size, grid)

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from gkd_hf.distillation.one_stage import ONE_STAGE
 from gkd_hf.distillation.one_stage_distiller import OneStageDistiller
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.models.encoders import common_grid
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.task_teacher import TaskTeacher
-from gkd_hf.training.one_stage import common_grid
 from gkd_hf.training.step_cost import SegmentationStep, known_classes
 
 
@@ -50,7 +50,7 @@ class OneStageStep(SegmentationStep):
             body = GKDStudentModel(GKDStudentConfig(encoder_config=copy.deepcopy(self.teacher)))
             with_head = GKDStudentForSemanticSegmentation.from_student(body, **self.head)
             teacher = TaskTeacher(copy.deepcopy(self.teacher), with_head, geometry=self.geometry)
-        self.grid = common_grid(student, teacher, self.image_size)
+        self.grid = common_grid(student.adapter, teacher.adapter, self.image_size)
         teacher.fit_geometry(self.image_size, self.grid)
         if self.bf16:
             teacher.halve()

@@ -13,6 +13,7 @@ from gkd_hf.distillation.masking import random_masks
 from gkd_hf.distillation.one_stage import ONE_STAGE, Features, OneStageMethod
 from gkd_hf.distillation.one_stage_distiller import OneStageDistiller
 from gkd_hf.errors import InputError
+from gkd_hf.models.encoders import grid_owner
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.task_teacher import TaskTeacher
 from gkd_hf.training.arguments import GKDSegmentationArguments
@@ -102,8 +103,7 @@ class GKDOneStageTrainer(GKDSegmentationTrainer):
         check_precision(teacher, args)
         self.method = method
         self.teacher = teacher
-        owner = model.student.adapter if model.student.adapter.owns_grid else teacher.adapter
-        self.token_stride = owner.stride
+        self.token_stride = grid_owner(model.student.adapter, teacher.adapter).stride
         super().__init__(model, args, train_dataset, eval_dataset, **settings)
         if method.mask_ratio:
             self.data_collator = HidingCollator(self.data_collator, self.token_stride, method.mask_ratio, args)

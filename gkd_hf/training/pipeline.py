@@ -31,6 +31,7 @@ from gkd_hf.hub.model_card import report_table
 from gkd_hf.hub.push import check_finished, check_push_rights, push_run, repo_ids, write_cards
 from gkd_hf.hub.run_facts import FACTS_NAME, RunFacts, StageFacts, command_line
 from gkd_hf.methods import LABEL_FREE_METHODS, ONE_STAGE_METHODS
+from gkd_hf.models.encoders import common_grid
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
@@ -40,7 +41,6 @@ from gkd_hf.training.distillation_trainer import GKDDistillationTrainer
 from gkd_hf.training.one_stage import (
     TEACHER_HEAD,
     check_one_stage,
-    common_grid,
     new_method,
     new_teacher,
     teacher_as_student,
@@ -185,7 +185,7 @@ class Pipeline:
         teacher = new_teacher(self.recipe)
         for method in self.recipe.one_stage:
             check_one_stage(self.recipe, method, student, teacher, stage.image_size)
-        teacher.fit_geometry(stage.image_size, common_grid(student, teacher, stage.image_size))
+        teacher.fit_geometry(stage.image_size, common_grid(student.adapter, teacher.adapter, stage.image_size))
         if self.recipe.needs_teacher_head:
             del teacher
             try:

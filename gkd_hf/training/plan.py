@@ -20,7 +20,7 @@ from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
 from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
-from gkd_hf.models.encoders import adapter_for
+from gkd_hf.models.encoders import adapter_for, common_grid
 from gkd_hf.models.loading import config_from_mapping, read_config
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.training.arguments import REFERENCE_BATCH
@@ -229,9 +229,8 @@ def _check_one_stage(
     if not recipe.one_stage or student.config is None or teachers[0].config is None:
         return
     own, teacher = adapter_for(student.config), adapter_for(teachers[0].config)
-    stride = (own if own.owns_grid else teacher).stride
     for name in recipe.one_stage:
-        grid = (max(1, round(stage.image_size / stride)),) * 2
+        grid = common_grid(own, teacher, stage.image_size)
         check_method(name, own, teacher, grid, **recipe.method_settings(name))
 
 

@@ -36,6 +36,7 @@ from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.methods import METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
+from gkd_hf.models.encoders import common_grid
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.live_memory import LiveMemory
@@ -266,8 +267,7 @@ class DistillationStep(Step):
         student.set_geometry(self.image_size, self.patch_size)
         given = zip(copy.deepcopy(self.teachers), self.geometries, strict=True)
         teachers = nn.ModuleList(GKDTeacher(config, geometry=geometry) for config, geometry in given)
-        owner = student.adapter if student.adapter.owns_grid else teachers[0].adapter
-        self.grid = (max(1, round(self.image_size / owner.stride)),) * 2
+        self.grid = common_grid(student.adapter, teachers[0].adapter, self.image_size)
         for teacher in teachers:
             teacher.fit_geometry(self.image_size, self.grid)
             if self.bf16:
