@@ -1,0 +1,1 @@
+"""What `scripts/benchmark_*.py` measure: pieces of the library against named references, in one process, in turn."""
