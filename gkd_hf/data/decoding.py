@@ -69,7 +69,7 @@ def _damage_is_corrupt(data: bytes, column: str) -> Iterator[None]:
         raise CorruptImage(f"{column}: {reason}") from error
 
 
-def _bytes(cell: Mapping | bytes | None, column: str) -> bytes:
+def cell_bytes(cell: Mapping | bytes | None, column: str) -> bytes:
     """Return the bytes of a cell (``{"bytes", "path"}`` or bytes), which are not none."""
     if cell is None:
         raise CorruptImage(f"{column}: empty cell")
@@ -93,7 +93,7 @@ def _whole(image: PIL.ImageFile.ImageFile, data: bytes) -> PIL.ImageFile.ImageFi
 
 def _header(cell: Mapping | bytes | None, column: str) -> tuple[PIL.Image.Image, bytes]:
     """Open a cell without decoding its pixels; return it with its bytes."""
-    data = _bytes(cell, column)
+    data = cell_bytes(cell, column)
     # Pillow warns from half the limit on; such images are legal here (aerial tiles), so the warning is noise.
     with _damage_is_corrupt(data, column), _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
@@ -222,7 +222,7 @@ def decode_label(cell: Mapping | bytes | None, where: str) -> np.ndarray:
             f"{where}: the row has no label; remove the row, or use the data for label-free stages only",
             "label: missing",
         )
-    data = _bytes(cell, "label")
+    data = cell_bytes(cell, "label")
     if (values := plain_png(data, MAX_PIXELS)) is not None:
         return values
     image = _open(data, "label")

@@ -149,6 +149,11 @@ class MixedOrder:
         source, own = self._find(position)
         return self.orders[source].place(own)
 
+    def pass_number(self, position: int) -> int:
+        """Return which pass over its source the row at ``position`` belongs to, from 0 on."""
+        source, own = self._find(position)
+        return own // self.orders[source].num_rows
+
     def release(self, position: int) -> None:
         """Rows before ``position`` will not be asked for again."""
         for source, order in enumerate(self.orders):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import PIL.Image
 import torch
 
 from gkd_hf.data.bad_rows import WrongLabel
-from gkd_hf.data.decoding import CorruptImage, EncodedImage, decode_label
+from gkd_hf.data.decoding import CorruptImage, EncodedImage, cell_bytes, decode_label
 from gkd_hf.data.domains import IGNORE_INDEX
 from gkd_hf.data.label_maps import LabelMap
 from gkd_hf.data.transforms import DistillationTransform, SegmentationTransform
@@ -60,10 +62,17 @@ class RowDecoder:
         present[label] = True
         return frozenset(np.flatnonzero(present[:IGNORE_INDEX]).tolist())
 
+    def encoded_bytes(self, row: dict) -> bytes:
+        """Return the bytes of the row's image as they are stored; raises ``CorruptImage`` where there are none."""
+        return cell_bytes(self._cell(row), "image")
+
     def _encoded(self, row: dict) -> EncodedImage:
+        return EncodedImage(self._cell(row))
+
+    def _cell(self, row: dict) -> Mapping | bytes | None:
         if "image" not in row:
             raise InputError(f"domain '{self._domain}': no column 'image' (columns present: {', '.join(row)})")
-        return EncodedImage(row["image"])
+        return row["image"]
 
     def _label(self, row: dict, size: tuple[int, int]) -> np.ndarray | None:
         if self._label_map is None:

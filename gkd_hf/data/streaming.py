@@ -26,6 +26,7 @@ from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import Rows
 from gkd_hf.data.streamed_order import StreamedOrder
 from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, SegmentationTransform
+from gkd_hf.data.views import view_generator
 from gkd_hf.errors import InputError
 
 
@@ -57,7 +58,8 @@ class SampleStream(torch.utils.data.IterableDataset):
     """An endless, globally ordered stream of transformed samples.
 
     The g-th sample of a run is a pure function of (seed, g), whatever the number of processes and workers: its row is
-    the g-th of all passes (each pass in a new order), its augmentation draws from a generator seeded by (seed, g).
+    the g-th of all passes (each pass in a new order), its augmentation draws from a generator seeded by (seed, g), or
+    with ``views`` = k by (seed, the image, p mod k) in pass p: each image then has k fixed views, seen in turn.
     The order is cut into global micro batches of ``micro_batch_size * world_size``; rank r takes the r-th contiguous
     slice of each, and ``DataLoader`` worker w of W every W-th micro batch, so that a loader with
     ``batch_size=micro_batch_size`` returns the slices in order. Use it with ``dispatch_batches=False`` and without any
@@ -83,6 +85,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         label_map: labels are decoded, mapped and yielded only if given.
         bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows in one pass of an ``IterableDataset`` if known; saves reading it once when resuming.
+        views: fixed views of each image, ≥ 1; None: a new one each time.
 
     Yields what the transform returns (`DistillationTransform` and `SegmentationTransform`: uint8 pixels, of which
     `normalised` makes floats on the device, and ``erasing`` or uint8 ``labels``) with ``{"index": g, "bad_rows":
@@ -107,9 +110,12 @@ class SampleStream(torch.utils.data.IterableDataset):
         label_map: LabelMap | None = None,
         bad_row_limit: float = BAD_ROW_LIMIT,
         num_rows: int | None = None,
+        views: int | None = None,
     ) -> None:
         if seed < 0:
             raise InputError(f"seed is {seed}: it must be 0 or greater")
+        if views is not None and views < 1:
+            raise InputError(f"views is {views}: give 1 fixed view of each image or more, or null for new ones")
         if buffer_size < 1:
             raise InputError(f"buffer_size is {buffer_size}: it must be 1 or greater")
         self.sources = (Source(_undecoded(rows), domain, label_map, num_rows=num_rows),)
@@ -118,6 +124,7 @@ class SampleStream(torch.utils.data.IterableDataset):
         self.shuffle = shuffle
         self.buffer_size = buffer_size
         self.bad_row_limit = bad_row_limit
+        self.views = views
         self._place(micro_batch_size, rank, world_size, start)
 
     @classmethod
@@ -131,8 +138,8 @@ class SampleStream(torch.utils.data.IterableDataset):
 
         Args:
             sources: what to mix. transform: of all.
-            settings: ``seed``, ``micro_batch_size``, ``rank``, ``world_size``, ``start``, ``shuffle``, ``buffer_size``
-                and ``bad_row_limit``, which holds for each domain, as of the constructor.
+            settings: ``seed``, ``micro_batch_size``, ``rank``, ``world_size``, ``start``, ``shuffle``, ``views``,
+                ``buffer_size`` and ``bad_row_limit``, which holds for each domain, as of the constructor.
 
         Raises ``InputError`` as `check_sources` does.
         """
@@ -217,8 +224,7 @@ class SampleStream(torch.utils.data.IterableDataset):
                 sample, reported = self._next_readable(index, order, readers)
                 yield {**sample, "index": index, "bad_rows": reported}
 
-    def _transformed(self, row: dict, index: int, decode: RowDecoder) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng([self.seed, index])
+    def _transformed(self, row: dict, rng: np.random.Generator, decode: RowDecoder) -> dict[str, torch.Tensor]:
         own = SegmentationTransform if decode.labelled else DistillationTransform
         # A subclass may transform in another way; what it says must not be passed by.
         if isinstance(self.transform, own) and type(self.transform).__call__ is own.__call__:
@@ -235,7 +241,12 @@ class SampleStream(torch.utils.data.IterableDataset):
             decode, bad = readers[order.source(position)]
             bad.attempted += 1
             try:
-                return self._transformed(row, index, decode), reported
+                if self.views is None:
+                    rng = np.random.default_rng([self.seed, index])
+                else:
+                    view = order.pass_number(position) % self.views
+                    rng = view_generator(self.seed, decode.encoded_bytes(row), view)
+                return self._transformed(row, rng, decode), reported
             except CorruptImage as error:
                 reported.append(bad.add(row, str(error), order.place(position)))
             if len(reported) >= order.num_rows:

@@ -73,7 +73,7 @@ class StreamPosition(TrainerCallback, ExportableState):
 
 
 def order_facts(stream: SampleStream) -> dict[str, Any]:
-    """What decides the order of a stream: its seed and, in their order, its sources.
+    """What decides the order of a stream: its seed, its fixed views if it has any and, in their order, its sources.
 
     Of a source the name, rows (None where unknown), weight and what its shards are: names, sizes of row groups, and
     which rows of them are kept if not all are.
@@ -82,6 +82,7 @@ def order_facts(stream: SampleStream) -> dict[str, Any]:
         "seed": stream.seed,
         "shuffle": stream.shuffle,
         "buffer size": stream.buffer_size,
+        "views": stream.views,
         "domains": [
             {"name": each.domain, "rows": each.size, "weight": each.weight, "shards": _digest(each.rows)}
             for each in stream.sources
