@@ -1,17 +1,22 @@
 """Segmentation of images of any size by a window of fixed size, as in the GKD paper's test protocol (2603.02554).
 
 Overlapping windows are forwarded in batches and averaged; the encoder sees only the size that it was trained at.
+Labels are taken from the averaged scores tile by tile: all classes at the label's size are never in memory together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from gkd_hf.errors import InputError
+
+# Scores of one tile, all classes together: 4 MiB of float32, so that what is resized is still in the cache when the
+# best class is looked for, and a GPU has enough to do in each call.
+TILE = 2**20
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
@@ -45,34 +50,13 @@ def sliding_window_logits(
     Raises:
         InputError: `pixel_values` is not B×3×H×W, or window, stride or batch size is out of range.
     """
-    if pixel_values.ndim != 4 or 0 in pixel_values.shape:
-        raise InputError(f"pixel_values has shape {tuple(pixel_values.shape)}; sliding windows need B×3×H×W.")
-    if not (window >= 1 and 1 <= stride <= window and batch_size >= 1):
-        raise InputError(
-            f"Sliding window {window} with stride {stride} and window batch {batch_size}: all must be positive, and "
-            "the stride at most the window, or pixels between windows would get no prediction."
-        )
-    batch, _, height, width = pixel_values.shape
-    padded = nn.functional.pad(pixel_values, (0, max(window - width, 0), 0, max(window - height, 0)))
-    corners = [
-        (image, top, left)
-        for image in range(batch)
-        for top in window_starts(padded.shape[2], window, stride)
-        for left in window_starts(padded.shape[3], window, stride)
-    ]
-    total, hits = None, padded.new_zeros(padded.shape[2:], dtype=torch.float32)
-    for first in range(0, len(corners), batch_size):
-        group = corners[first : first + batch_size]
-        crops = torch.stack([padded[i, :, top : top + window, left : left + window] for i, top, left in group])
-        scores = resize(forward(crops), (window, window))
-        if total is None:
-            total = scores.new_zeros(batch, scores.shape[1], *padded.shape[2:])
-        # One by one and in the order of the windows, so that the sums do not depend on how windows were batched.
-        for (image, top, left), score in zip(group, scores, strict=True):
-            total[image, :, top : top + window, left : left + window] += score
-            if image == 0:
-                hits[top : top + window, left : left + window] += 1
-    return (total / hits)[:, :, :height, :width]
+    windows = _Windows(pixel_values, window, stride, batch_size)
+    totals = None
+    for image, rows, columns, score in windows.scores(forward):
+        if totals is None:
+            totals = score.new_zeros(len(pixel_values), len(score), *windows.pixels.shape[2:])
+        totals[image, :, rows, columns] += score
+    return totals.div_(windows.hits())[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
 
 
 @torch.no_grad()
@@ -87,15 +71,92 @@ def predict_labels(
 ) -> torch.Tensor:
     """Predict the class of every pixel at the label's own size (the scores are resized, then the best class taken).
 
+    Beside what `forward` needs for one batch of windows, the averaged scores of one image are kept, and of these a
+    tile is resized at a time.
+
     Args:
         label_size: (height, width) of the label maps, whatever the size of `pixel_values`.
 
     Returns:
         int64 B×label_height×label_width. The other arguments and the errors are `sliding_window_logits`'s.
     """
-    logits = sliding_window_logits(forward, pixel_values, window=window, stride=stride, batch_size=batch_size)
-    # Image by image: at native size the scores of one street scene already weigh a gigabyte.
-    return torch.cat([resize(logits[i : i + 1], label_size).argmax(1) for i in range(len(logits))])
+    sizes = [label_size] * len(pixel_values)
+    options = {"window": window, "stride": stride, "batch_size": batch_size}
+    return torch.stack(list(predict_each(forward, pixel_values, sizes, **options)))
+
+
+@torch.no_grad()
+def predict_each(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    label_sizes: Sequence[tuple[int, int]],
+    *,
+    window: int = 512,
+    stride: int = 341,
+    batch_size: int = 4,
+) -> Iterator[torch.Tensor]:
+    """Yield the labels of one image after the other, int64 label_height×label_width each; see `predict_labels`.
+
+    Args:
+        label_sizes: (height, width) of each image's label map.
+
+    Raises:
+        InputError: as `sliding_window_logits`; not one size per image.
+    """
+    windows = _Windows(pixel_values, window, stride, batch_size)
+    if len(label_sizes) != len(pixel_values):
+        raise InputError(f"there are {len(label_sizes)} label sizes for {len(pixel_values)} images: give one for each")
+    height, width = pixel_values.shape[2:]
+    total = None
+    for image, rows, columns, score in windows.scores(forward):
+        if total is None:
+            total = score.new_zeros(len(score), *windows.pixels.shape[2:])
+        total[:, rows, columns] += score
+        del score  # of which the next one would otherwise be made beside
+        if windows.is_last(rows, columns):
+            yield best_class(total.div_(windows.hits())[:, :height, :width], label_sizes[image])
+            total.zero_()
+
+
+def best_class(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return the best class of every pixel after resizing, as ``resize(scores, size).argmax(0)`` does, tile by tile.
+
+    A tile is a band of rows: the rows of ``scores`` that it lies between are resized to its width, then blended. The
+    coordinates are PyTorch's own for bilinear resizing with half-pixel centres. A resized score can differ from
+    PyTorch's in its last bit, where that rounds in another order, so labels can differ where two classes are as near.
+
+    Args:
+        scores: C×h×w of any floating type; computed in float32. size: (height, width) of the labels.
+
+    Returns:
+        int64 height×width; of equal classes the first.
+
+    Raises:
+        InputError: scores that are not C×h×w, or a size below 1.
+    """
+    if scores.ndim != 3 or 0 in scores.shape or min(size) < 1:
+        raise InputError(f"scores of shape {tuple(scores.shape)} cannot be resized to {tuple(size)}: give C×h×w")
+    classes, source_height, source_width = scores.shape
+    height, width = size
+    if tuple(size) == (source_height, source_width):
+        return scores.max(0).indices
+    above, below, weight = _blended_rows(source_height, height)
+    blends = source_height != height
+    firsts, lasts = above.tolist(), (below if blends else above).tolist()
+    above, below, weight = (each.to(scores.device) for each in (above, below, weight))
+    labels = torch.empty(height, width, dtype=torch.int64, device=scores.device)
+    # A tile's rows of the source are resized too, and are more than its own where the labels are smaller.
+    step = max(1, int(TILE / (classes * width * max(1, source_height / height))))
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        first, end = firsts[top], lasts[rows.stop - 1] + 1
+        band = resize(scores[None, :, first:end], (end - first, width))[0]
+        if blends:
+            blended = band.index_select(1, below[rows] - first).mul_(weight[rows])
+            band = blended.addcmul_(band.index_select(1, above[rows] - first), 1 - weight[rows])
+        # max, not argmax, which takes three times as long on a CPU; both name the first of equal classes.
+        labels[rows] = band.max(0).indices
+    return labels
 
 
 def resize(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -104,3 +165,61 @@ def resize(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(scores.shape[-2:]) == tuple(size):
         return scores
     return nn.functional.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class _Windows:
+    """The windows of B images, image by image, each from the top down and from left to right."""
+
+    def __init__(self, pixels: torch.Tensor, window: int, stride: int, batch_size: int):
+        if pixels.ndim != 4 or 0 in pixels.shape:
+            raise InputError(f"pixel_values has shape {tuple(pixels.shape)}; sliding windows need B×3×H×W.")
+        if not (window >= 1 and 1 <= stride <= window and batch_size >= 1):
+            raise InputError(
+                f"Sliding window {window} with stride {stride} and window batch {batch_size}: all must be positive, "
+                "and the stride at most the window, or pixels between windows would get no prediction."
+            )
+        height, width = pixels.shape[2:]
+        padding = (0, max(window - width, 0), 0, max(window - height, 0))
+        # Padding by nothing would copy.
+        self.pixels = nn.functional.pad(pixels, padding) if any(padding) else pixels
+        self.window, self.batch_size = window, batch_size
+        self.tops, self.lefts = (window_starts(size, window, stride) for size in (height, width))
+
+    def scores(
+        self, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
+        """Yield every window's image, rows, columns and float32 scores C×window×window."""
+        corners = [(i, top, left) for i in range(len(self.pixels)) for top in self.tops for left in self.lefts]
+        places = [(i, slice(top, top + self.window), slice(left, left + self.window)) for i, top, left in corners]
+        for first in range(0, len(places), self.batch_size):
+            group = places[first : first + self.batch_size]
+            scores = forward(torch.stack([self.pixels[i, :, rows, columns] for i, rows, columns in group]))
+            # One by one and in the order of the windows, so that the sums do not depend on how windows were batched.
+            for (image, rows, columns), score in zip(group, scores, strict=True):
+                yield image, rows, columns, resize(score[None], (self.window, self.window))[0]
+            del scores, score  # the next call of forward needs their place
+
+    def is_last(self, rows: slice, columns: slice) -> bool:
+        """Whether these are an image's last window."""
+        return (rows.start, columns.start) == (self.tops[-1], self.lefts[-1])
+
+    def hits(self) -> torch.Tensor:
+        """How many windows see each pixel, float32 H×W."""
+        counts = []
+        for size, starts in zip(self.pixels.shape[2:], (self.tops, self.lefts), strict=True):
+            count = torch.zeros(size)
+            for start in starts:
+                count[start : start + self.window] += 1
+            counts.append(count.to(self.pixels.device))
+        return counts[0][:, None] * counts[1]
+
+
+def _blended_rows(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each of ``target`` rows: the ``source`` rows above and below its centre, and the weight of that below, n×1.
+
+    The scale is rounded to float32, and the coordinate once, as by the fused multiply-add of PyTorch's kernel.
+    """
+    scale = (torch.tensor(float(source)) / target).double()
+    centre = (scale * (torch.arange(target, dtype=torch.float64) + 0.5) - 0.5).clamp(min=0).float()
+    above = centre.long().clamp(max=source - 1)
+    return above, (above + 1).clamp(max=source - 1), (centre - above).clamp(0, 1)[:, None]
