@@ -100,6 +100,8 @@ class GKDDistillationArguments(StageArguments):
             nearly one-hot from the first step.
         teacher_sharding: "always" or "never" share the teacher's weights out to the processes; "auto": from 500
             million parameters on.
+        teacher_cache: folder in which teachers' tokens are kept, so that a view that is seen again is not computed
+            again. It needs views that come back: a `SampleStream` with ``views``, or samples that do not change.
         sync_batch_norm: share batch statistics between processes (CUDA only).
 
     Raises:
@@ -118,6 +120,7 @@ class GKDDistillationArguments(StageArguments):
     query_warmup_steps: int = field(default=0, metadata={"help": "Steps with the query branches off."})
     attention_scale: float = field(default=1.0, metadata={"help": "Factor on the attention logits."})
     teacher_sharding: str = field(default="auto", metadata={"help": "Share the teacher out: auto, always or never."})
+    teacher_cache: str | None = field(default=None, metadata={"help": "Folder to keep the teachers' tokens in."})
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

@@ -29,6 +29,7 @@ from gkd_hf.training.numbered_samples import places_of
 from gkd_hf.training.process_group import several
 from gkd_hf.training.sharding import share_buffers, under, whole_model
 from gkd_hf.training.stream_trainer import StreamTrainer
+from gkd_hf.training.teacher_cache import CacheKeeper, CachingCollator, check_views
 from gkd_hf.training.teaching import BeforeFirstStep, Teaching, as_teachers, first_batches
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class GKDDistillationTrainer(StreamTrainer):
             None makes new ones, and estimates the statistics from the first images.
 
     Raises:
-        InputError: a teacher or geometry that does not fit the student, a teacher that is given twice.
+        InputError: a teacher or geometry that does not fit the student, a teacher that is given twice, a cache of a
+            stream whose views do not come back.
     """
 
     _tag_names = ["gkd", "knowledge-distillation"]
@@ -138,6 +140,12 @@ class GKDDistillationTrainer(StreamTrainer):
         )
         statistics = (student.config.image_mean, student.config.image_std)
         self._teaching = Teaching(self.teachers, args, *statistics, self.autocast)
+        self.cache: CacheKeeper | None = None
+        if self._teaching.caches:
+            check_views(train_dataset)
+            self.cache = CacheKeeper(self._teaching.caches)
+            self.add_callback(self.cache)
+            self.data_collator = CachingCollator(self.data_collator, [each.store for each in self._teaching.caches])
         self._near_chance: dict[str, int] = {}
 
     @property
@@ -155,11 +163,17 @@ class GKDDistillationTrainer(StreamTrainer):
         """The heads, with the statistics of tokens that are standardised, for the next stage to go on with."""
         return self.model.objective
 
-    def teach(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[EncoderOutput, ...]:
-        """Return the tokens of each teacher of the student's pixels B×3×H×W, on an h×w grid."""
-        return self._teaching(pixel_values, grid)
+    def teach(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], keys: Sequence[bytes] | None = None
+    ) -> tuple[EncoderOutput, ...]:
+        """Return the tokens of each teacher of the student's pixels B×3×H×W, on an h×w grid.
 
-    def _pixels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        With the views' ``keys`` and ``args.teacher_cache`` those that were seen before are read, not computed.
+        """
+        return self._teaching(pixel_values, grid, keys)
+
+    def pixels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return a batch's pixels as the student takes them, float32 B×3×H×W; bytes are normalised on their device."""
         streamed = isinstance(self.train_dataset, SampleStream)
         return self.train_dataset.normalised(inputs) if streamed else inputs["pixel_values"]
 
@@ -179,7 +193,7 @@ class GKDDistillationTrainer(StreamTrainer):
             for samples in first_batches(self.train_dataset, self.args):
                 inputs = self._prepare_inputs(self.data_collator(samples))
                 for k, statistics in found.items():
-                    taught = self._teaching.ask(self.teachers[k], self._pixels(inputs), tuple(inputs["grid"]))
+                    taught = self._teaching.ask(self.teachers[k], self.pixels(inputs), tuple(inputs["grid"]))
                     statistics.add(taught.patches, taught.cls)
         for k, standardise in unfitted:
             standardise.fit(found[k])
@@ -196,9 +210,9 @@ class GKDDistillationTrainer(StreamTrainer):
         """Return the total loss of a micro batch; its terms are logged."""
         self._follow_query_warmup()
         self.note_bad_rows(inputs.get("bad_rows", []))
-        pixel_values, grid = self._pixels(inputs), tuple(inputs["grid"])
+        pixel_values, grid = self.pixels(inputs), tuple(inputs["grid"])
         self.args.check_masked(grid[0] * grid[1])
-        taught = self.teach(pixel_values, grid)
+        taught = self.teach(pixel_values, grid, inputs.get("view_keys"))
         patches, cls = tuple(each.patches for each in taught), tuple(each.cls for each in taught)
         if not isinstance(self.objective, MultiTeacherObjective):
             (patches,), (cls,) = patches, cls

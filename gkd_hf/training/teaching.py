@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments, StageArguments
 from gkd_hf.training.numbered_samples import numbered_samples
+from gkd_hf.training.teacher_cache import teacher_caches
 
 STATISTICS_IMAGES = 64  # of the training's first, from which the statistics of the tokens are estimated
 STATISTICS_BATCH = 8  # of them at once, whatever the training's batch: so the processes' number changes nothing
@@ -63,7 +65,11 @@ class Teaching:
         autocast: gives the context in which models compute in the training's precision.
 
     Raises:
-        InputError: a teacher whose weights are bf16 already, in a training in fp32.
+        InputError: a teacher whose weights are bf16 already, in a training in fp32; a cache that cannot be written,
+            or of a teacher that is shared out.
+
+    Attributes:
+        caches: of each teacher's tokens; empty unless the arguments ask for them.
     """
 
     def __init__(
@@ -82,10 +88,18 @@ class Teaching:
         self._mesh: DeviceMesh | None = None
         for teacher in self.teachers:
             self._prepare(teacher)
+        cached = args.teacher_cache is not None
+        self.caches = teacher_caches(self.teachers, args, self.mean, self.std) if cached else []
 
     def _prepare(self, teacher: GKDTeacher) -> None:
         args = self.args
         check_precision(teacher, args)
+        if args.teacher_cache is not None and (teacher.sharded or self._is_shared(teacher)):
+            raise InputError(
+                f"teacher_cache cannot keep the tokens of '{teacher.called}', which is shared out to the processes: "
+                "each of them would have to compute whenever one misses a view; set its sharding (teacher_sharding) "
+                "to never, or leave teacher_cache out"
+            )
         if args.bf16 and not teacher.sharded:
             teacher.halve()
         if not self._is_shared(teacher):
@@ -97,9 +111,20 @@ class Teaching:
         wanted = {"auto": teacher.large, "always": True, "never": False}
         return wanted[teacher.sharding or self.args.teacher_sharding] and self.args.world_size > 1
 
-    def __call__(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[EncoderOutput, ...]:
-        """Return each teacher's tokens of the student's pixels B×3×H×W, on an h×w grid."""
-        return tuple(self.ask(teacher, pixel_values, grid) for teacher in self.teachers)
+    def __call__(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], keys: Sequence[bytes] | None = None
+    ) -> tuple[EncoderOutput, ...]:
+        """Return each teacher's tokens of the student's pixels B×3×H×W, on an h×w grid.
+
+        Args:
+            keys: of the views, by which a cache keeps them; None asks the teachers, whether there is one or not.
+        """
+        asked = [functools.partial(self.ask, teacher, pixel_values, grid) for teacher in self.teachers]
+        if keys is None or not self.caches:
+            return tuple(ask() for ask in asked)
+        return tuple(
+            cache(keys, grid, pixel_values.device, ask) for cache, ask in zip(self.caches, asked, strict=True)
+        )
 
     def ask(self, teacher: GKDTeacher, pixel_values: torch.Tensor, grid: tuple[int, int]) -> EncoderOutput:
         """Return one teacher's tokens."""
