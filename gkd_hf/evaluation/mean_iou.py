@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # evaluate's import scanner, which reads this file when it is loaded by path, understands one import per line only.
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ import torch
 from gkd_hf.errors import InputError
 
 IGNORE_INDEX = 255
+_PIECE = 32_768  # pixels counted at a time on a CPU: their pairs, 128 KiB, stay in a core's cache
 
 _DESCRIPTION = (
     "Intersection over union of each class, summed over the whole data set before dividing, "
@@ -45,9 +47,13 @@ def confusion_counts(
 ) -> torch.Tensor:
     """Count how often each true class was predicted as each class.
 
+    On a CPU it is one pass, in pieces that stay in a core's cache. On a GPU everything stays there and one
+    number comes to the host: whether a value lies outside the classes.
+
     Args:
         prediction: integer tensor of any shape, values 0..num_labels-1.
         reference: integer tensor of the same shape, values 0..num_labels-1 or `ignore_index` (not counted).
+        ignore_index: within -65536..65535.
 
     Returns:
         int64 tensor of shape num_labels×num_labels on `prediction`'s device: rows are truth, columns prediction.
@@ -61,13 +67,77 @@ def confusion_counts(
             f"Prediction of shape {tuple(prediction.shape)} and reference of shape {tuple(reference.shape)} differ; "
             "resize the prediction to the label's size first."
         )
-    prediction = prediction.long().flatten()
-    reference = reference.to(prediction.device).long().flatten()
-    counted = reference != ignore_index
-    _require_classes(prediction, num_labels, "prediction", "")
-    _require_classes(reference[counted], num_labels, "reference", f" or {ignore_index} (ignored)")
-    pairs = reference[counted] * num_labels + prediction[counted]
-    return torch.bincount(pairs, minlength=num_labels * num_labels).reshape(num_labels, num_labels)
+    if not -65536 <= ignore_index <= 65535:
+        raise InputError(f"ignore_index is {ignore_index}: give a label value within -65536..65535.")
+    prediction, reference = prediction.flatten(), reference.to(prediction.device).flatten()
+    on_host = prediction.device.type == "cpu"
+    counts = (_counts_on_host if on_host else _counts_on_device)(prediction, reference, num_labels, ignore_index)
+    if counts is None:
+        _require_classes(prediction.long(), num_labels, "prediction", "")
+        counted = reference.long()
+        counted = counted[counted != ignore_index]
+        _require_classes(counted, num_labels, "reference", f" or {ignore_index} (ignored)")
+    return counts
+
+
+def _counts_on_host(
+    prediction: torch.Tensor, reference: torch.Tensor, num_labels: int, ignore_index: int
+) -> torch.Tensor | None:
+    """Count pairs of values, ignored ones too; None if a value lies outside the classes.
+
+    Every value between the classes and the ignored one gets a row, so that no mask is needed: what lies outside shows
+    in the counts.
+    """
+    first, last = min(ignore_index, 0), max(ignore_index, num_labels - 1)
+    rows = last - first + 1
+    threads = max(1, min(torch.get_num_threads(), len(prediction) // _PIECE))
+    share = -(-len(prediction) // threads)
+    parts = zip(prediction.split(share), reference.split(share), strict=True) if len(prediction) else ()
+    with ThreadPoolExecutor(threads) as pool:  # numpy and torch both let go of the interpreter while they count
+        found = list(pool.map(lambda part: _pairs(part[0].numpy(), part[1].numpy(), first, rows, num_labels), parts))
+    if any(part is None for part in found):
+        return None
+    by_row = sum(found, torch.zeros(rows * num_labels, dtype=torch.int64)).reshape(rows, num_labels)
+    by_row[ignore_index - first] = 0
+    confusion = by_row[-first : num_labels - first]
+    return confusion.clone() if confusion.sum() == by_row.sum() else None
+
+
+def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int, columns: int) -> torch.Tensor | None:
+    """Count pairs of a prediction 0..columns-1 and a reference first..first+rows-1, piece by piece.
+
+    rows·columns counts; None if a value lies outside.
+    """
+    kind = np.dtype(np.int32 if rows * columns <= np.iinfo(np.int32).max else np.int64)
+    counts, buffer = torch.zeros(rows * columns, dtype=torch.int64), np.empty(_PIECE, kind)
+    # Read as unsigned numbers, negative ones are large: one comparison for both ends.
+    prediction = prediction.view(f"u{prediction.dtype.itemsize}")
+    for start in range(0, len(prediction), _PIECE):
+        column, row = prediction[start : start + _PIECE], reference[start : start + _PIECE]
+        if column.max() >= columns or row.min() < first or row.max() >= first + rows:
+            return None
+        pairs = buffer[: len(row)]
+        np.subtract(row, first, out=pairs, dtype=kind, casting="unsafe")
+        pairs *= columns
+        np.add(pairs, column, out=pairs, dtype=kind, casting="unsafe")
+        counts += torch.bincount(torch.from_numpy(pairs), minlength=len(counts))
+    return counts
+
+
+def _counts_on_device(
+    prediction: torch.Tensor, reference: torch.Tensor, num_labels: int, ignore_index: int
+) -> torch.Tensor | None:
+    """Count pairs where the tensors are; None, the one thing the host waits for, if a value lies outside."""
+    prediction, reference = prediction.long(), reference.long()
+    ignored = reference == ignore_index
+    outside = (reference < 0) | (reference >= num_labels)
+    outside = (outside & ~ignored) | (prediction < 0) | (prediction >= num_labels)
+    cells = num_labels * num_labels
+    pairs = (reference * num_labels + prediction).masked_fill_(ignored, cells).masked_fill_(outside, cells + 1)
+    # bincount would ask the device for the smallest and the largest value, and wait for both.
+    counts = torch.zeros(cells + 2, dtype=torch.int64, device=pairs.device)
+    counts.scatter_add_(0, pairs, torch.ones_like(counts[:1]).expand_as(pairs))
+    return None if counts[-1].item() else counts[:cells].reshape(num_labels, num_labels)
 
 
 def _require_classes(values: torch.Tensor, num_labels: int, what: str, also: str) -> None:
@@ -84,7 +154,7 @@ def _require_classes(values: torch.Tensor, num_labels: int, what: str, also: str
 
 def scores(confusion: torch.Tensor) -> dict[str, Any]:
     """Turn a C×C count (rows = truth) into the figures of `MeanIoU`: IoU_c = n_cc / (Σ_j n_cj + Σ_i n_ic − n_cc)."""
-    count = confusion.double().cpu()
+    count = confusion.cpu().double()
     hits, truth = count.diagonal(), count.sum(1)
     # 0/0 is nan, which is the meaning wanted: the class does not occur, so it has no IoU and no say in the mean.
     per_class = hits / (truth + count.sum(0) - hits)
@@ -100,8 +170,8 @@ class MeanIoU(evaluate.Metric):
     """Mean IoU over everything added so far; needs no network and writes no file.
 
     As with every metric of `evaluate`, `compute` ends a collection: the next `add_batch` or `merge` starts a new one.
-    Until then `confusion` stays readable. In a distributed run each process counts its own images; sum the
-    `confusion` of all processes and `merge` the others' into one.
+    Until then `confusion` stays readable, on the device of the last predictions. In a distributed run each process
+    counts its own images; sum the `confusion` of all processes and `merge` the others' into one.
 
     Args:
         num_labels: number of classes C.
@@ -147,8 +217,8 @@ class MeanIoU(evaluate.Metric):
         counts = confusion_counts(
             _integers(prediction, "prediction"), _integers(reference, "reference"), self.num_labels, self.ignore_index
         )
-        # Added on the counts' device first: moving C×C integers is nothing, moving label maps would be.
-        self.confusion += counts.to(self.confusion.device)
+        # Where the predictions are: the host waits for nothing until the figures are asked for.
+        self.confusion = self.confusion.to(counts.device) + counts
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
         """Count a batch: two B×H×W arrays or tensors, or two lists of H×W maps of any sizes."""

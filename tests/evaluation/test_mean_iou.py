@@ -124,6 +124,35 @@ def test_another_ignore_index():
     assert counts.tolist() == [[1, 0], [0, 1]] and counts.dtype == torch.int64
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("ignore_index", [255, 7, 3, -1, -100])
+def test_all_types_and_sizes_agree_with_what_stays_on_a_gpu(kind, ignore_index, monkeypatch):
+    monkeypatch.setattr(mean_iou, "_PIECE", 100)  # several pieces and threads, the last one shorter
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(7, (37, 23), generator=generator)
+    truth[torch.rand(truth.shape, generator=generator) < 0.2] = ignore_index
+    prediction = torch.randint(7, truth.shape, generator=generator).to(kind)
+    truth = truth if ignore_index < 0 else truth.to(kind if ignore_index < 100 or kind != torch.int16 else torch.uint8)
+    counts = confusion_counts(prediction, truth, 7, ignore_index)
+    assert torch.equal(counts, mean_iou._counts_on_device(prediction.flatten(), truth.flatten(), 7, ignore_index))
+    assert counts.sum() == (truth != ignore_index).sum() and counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth"), [([0, 4], [0, 255]), ([0, -1], [0, 255]), ([0, 1], [4, 1]), ([0, 1], [-1, 1])]
+)
+def test_what_lies_outside_is_seen_on_a_gpu_too(prediction, truth):
+    assert mean_iou._counts_on_device(torch.tensor(prediction), torch.tensor(truth), 4, 255) is None
+    with pytest.raises(InputError, match=r"the 4 classes are 0\.\.3"):
+        confusion_counts(torch.tensor(prediction), torch.tensor(truth), 4)
+
+
+def test_no_pixels_and_an_impossible_ignore_index():
+    assert confusion_counts(torch.zeros(0, 3, dtype=torch.uint8), torch.zeros(0, 3), 2).tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(InputError, match="ignore_index is 2147483648"):
+        confusion_counts(PREDICTION, TRUTH, 4, ignore_index=2**31)
+
+
 def test_writes_no_file(tmp_path):
     metric = MeanIoU(num_labels=4, cache_dir=str(tmp_path / "cache"))
     metric.compute(predictions=PREDICTION[None], references=TRUTH[None])
