@@ -60,19 +60,11 @@ class GKDDistiller(nn.Module):
         Returns:
             The objective's named losses, and what its ``attention_statistics`` returns if asked for.
         """
-        whole = self.student(pixel_values)
-        patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
-        masked_patches, mask = patches, None
-        if len(mask_rows):
-            with frozen_running_statistics(self.student):
-                masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
-            seen_masked = resample_tokens(masked.last_hidden_state, masked.grid, grid)
-            masked_patches = patches.index_copy(0, mask_rows, seen_masked.to(patches.dtype))
-            mask = masks.new_zeros(len(patches), masks.shape[1]).index_copy(0, mask_rows, masks)
+        patches, masked_patches, cls, mask = self.views(pixel_values, grid, mask_rows, masks)
         losses = self.objective(
             student_patches=patches,
             student_patches_masked=masked_patches,
-            student_cls=whole.pooler_output,
+            student_cls=cls,
             teacher_patches=teacher_patches,
             teacher_cls=teacher_cls,
             mask=mask,
@@ -80,3 +72,23 @@ class GKDDistiller(nn.Module):
         if attention:
             losses |= self.objective.attention_statistics(patches[:2], teacher_patches)
         return losses
+
+    def views(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], mask_rows: torch.Tensor, masks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return what the student says of a batch, seen whole and masked; see `forward` for the arguments.
+
+        Returns:
+            Patch tokens B×N×C_s of the whole images, B×N×C_s in which the masked samples' are those of their second
+            view, class tokens B×C_s of the whole images, and the mask B×N, None if nothing is masked.
+        """
+        whole = self.student(pixel_values)
+        patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
+        if not len(mask_rows):
+            return patches, patches, whole.pooler_output, None
+        with frozen_running_statistics(self.student):
+            masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
+        seen_masked = resample_tokens(masked.last_hidden_state, masked.grid, grid)
+        masked_patches = patches.index_copy(0, mask_rows, seen_masked.to(patches.dtype))
+        mask = masks.new_zeros(len(patches), masks.shape[1]).index_copy(0, mask_rows, masks)
+        return patches, masked_patches, whole.pooler_output, mask
