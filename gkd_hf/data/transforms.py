@@ -7,6 +7,7 @@ erasing (arXiv 1708.04896) without labels; resize, crop, flip and photometric di
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,18 +48,24 @@ class Crop:
     label: np.ndarray | None = None
 
 
+@functools.lru_cache
+def _kept(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Keep three numbers on a device as 3×1×1: bringing them there with every batch would wait for what it computes."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
 class _Normalising:
     """uint8 …×3×H×W → float32: (x / 255 - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         mean_, std_ = (np.asarray(values, dtype=np.float64).reshape(3, 1, 1) for values in (mean, std))
-        self._scale = torch.from_numpy((1.0 / (255.0 * std_)).astype(np.float32))
-        self._shift = torch.from_numpy((-mean_ / std_).astype(np.float32))
+        self._scale = tuple((1.0 / (255.0 * std_)).astype(np.float32).ravel().tolist())
+        self._shift = tuple((-mean_ / std_).astype(np.float32).ravel().tolist())
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return uint8 …×3×H×W as float32, (x / 255 - mean) / std, on the pixels' device."""
         values = pixels.to(torch.float32)  # the one large allocation: on a CPU, its page faults are half of the cost
-        return values.mul_(self._scale.to(pixels.device)).add_(self._shift.to(pixels.device))
+        return values.mul_(_kept(self._scale, pixels.device)).add_(_kept(self._shift, pixels.device))
 
 
 class DistillationTransform(_Normalising):

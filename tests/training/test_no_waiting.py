@@ -1,0 +1,88 @@
+"""A step asks the device for nothing: it runs on tensors without values, and brings it nothing but the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from gkd_hf import GKDDistillationArguments, GKDDistillationTrainer, GKDStudentModel, GKDTeacher
+from gkd_hf.data.streaming import SampleStream
+from gkd_hf.data.toy_city import toy_city
+from gkd_hf.data.transforms import DistillationTransform
+from tests.tiny import ENCODERS
+
+SIZE, BATCH = 32, 4
+
+
+class Crossings(TorchDispatchMode):
+    """Notes every operation that takes values of this machine's memory to the device "meta".
+
+    The other way there is none: what asks a tensor on "meta" for its values raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
+        made = [each for each in tree_iter(out) if isinstance(each, torch.Tensor)]
+        if any(each.device.type == "cpu" for each in given) and any(each.device.type == "meta" for each in made):
+            self.seen.append(str(func))
+        return out
+
+
+def trainer_on_meta(folder: Path, student: str, teacher: str, **settings: Any) -> GKDDistillationTrainer:
+    transform = DistillationTransform(SIZE, (0.5,) * 3, (0.25,) * 3, rand_augment=False, erase_probability=0.0)
+    stream = SampleStream(
+        toy_city("clear_day", BATCH, size=SIZE, seed=0), transform, seed=0, micro_batch_size=BATCH, domain="toy_city"
+    )
+    args = GKDDistillationArguments(
+        str(folder), max_steps=100, per_device_train_batch_size=BATCH, use_cpu=True, disable_tqdm=True, **settings
+    )
+    model = GKDStudentModel.from_encoder(ENCODERS[student])
+    trainer = GKDDistillationTrainer(model, GKDTeacher(ENCODERS[teacher]), args, stream)
+    trainer.model.to("meta").train()
+    trainer.teacher.to("meta")
+    trainer._teaching.mean, trainer._teaching.std = torch.empty(2, 1, 3, 1, 1, device="meta")
+    return trainer
+
+
+def batch_on_meta(trainer: GKDDistillationTrainer) -> dict[str, Any]:
+    samples = iter(trainer.train_dataset)
+    batch = trainer.data_collator([next(samples) for _ in range(BATCH)])
+    return {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+@pytest.mark.parametrize(
+    "student, teacher, bf16",
+    [("vit", "dinov2", False), ("vit", "dinov2", True), ("resnet", "dinov2", False), ("swin", "dinov2", False)],
+)
+def test_a_step_neither_waits_for_the_device_nor_brings_it_constants(
+    student: str, teacher: str, bf16: bool, tmp_path: Path
+) -> None:
+    trainer = trainer_on_meta(tmp_path, student, teacher, bf16=bf16)
+    batch = batch_on_meta(trainer)
+    trainer.pixels(batch)  # the first brings what every later one finds
+    with Crossings() as crossings:
+        for _ in range(2):
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+    assert crossings.seen == []
+    assert loss.device.type == "meta"
+
+
+def test_a_question_to_the_device_would_be_seen(tmp_path: Path) -> None:
+    trainer = trainer_on_meta(tmp_path, "vit", "dinov2")
+    batch = batch_on_meta(trainer)
+    with pytest.raises(RuntimeError, match="meta"):
+        trainer.compute_loss(trainer.model, batch).item()
+    with Crossings() as crossings:
+        torch.zeros(3, device="meta") + torch.ones(3).to("meta")
+    assert crossings.seen == ["aten._to_copy.default"]
