@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gkd_hf.data.streaming import EvaluationSet, SampleStream, collate, collate_
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainResult
 from gkd_hf.evaluation.mean_iou import MeanIoU, confusion_counts
-from gkd_hf.evaluation.sliding_window import resize, sliding_window_logits
+from gkd_hf.evaluation.sliding_window import predict_each
 from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
@@ -230,6 +231,7 @@ class GKDSegmentationTrainer(StreamTrainer):
             batch_size=args.per_device_eval_batch_size,
             collate_fn=collate_evaluation,
             num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
         outliving_sigterm(loader)  # one of evaluations while training goes on to a checkpoint
         classes = model.config.num_labels
@@ -240,18 +242,10 @@ class GKDSegmentationTrainer(StreamTrainer):
         for batch in loader:
             bar.update(len(batch["labels"]) + len(batch["bad_rows"]))
             skipped.extend(batch["bad_rows"])
-            pixels, labels = batch["pixel_values"], batch["labels"]
-            groups = [(pixels, labels)] if isinstance(pixels, torch.Tensor) else zip(pixels, labels, strict=True)
-            predictions = []
-            for group, truths in groups:
-                if group.ndim == 3:
-                    group, truths = group[None], [truths]
-                scores = self._window_scores(model, group.to(args.device))
-                for score, truth in zip(scores, truths, strict=True):
-                    # One image at a time: at native size its scores alone can weigh a gigabyte.
-                    predictions.append(resize(score[None], truth.shape)[0].argmax(0))
-                    counts += confusion_counts(predictions[-1], truth.to(args.device), classes)
+            labels = batch["labels"]
+            predictions = self._predictions(model, batch["pixel_values"], [label.shape for label in labels])
             for image, truth, prediction in zip(batch["image"], labels, predictions, strict=True):
+                counts += confusion_counts(prediction, truth.to(args.device, non_blocking=True), classes)
                 if len(kept) < examples:
                     kept.append((image, truth.numpy().astype("uint8"), prediction.cpu().numpy().astype("uint8")))
             seen += len(labels)
@@ -268,12 +262,27 @@ class GKDSegmentationTrainer(StreamTrainer):
             examples=[example for share in shares for example in share[1]][:examples],
         )
 
-    def _window_scores(self, model: GKDStudentForSemanticSegmentation, pixels: torch.Tensor) -> torch.Tensor:
-        # The precision of the training, whether the model has just been trained or was loaded for this.
-        with self.autocast():
-            return sliding_window_logits(
-                lambda crops: model(pixel_values=crops).logits,
-                pixels,
+    def _predictions(
+        self,
+        model: GKDStudentForSemanticSegmentation,
+        pixels: torch.Tensor | list[torch.Tensor],
+        sizes: list[tuple[int, int]],
+    ) -> Iterator[torch.Tensor]:
+        """Yield the classes of one image after the other, B×3×H×W or a list of 3×H×W, at its label's size."""
+
+        def scores(crops: torch.Tensor) -> torch.Tensor:
+            # The precision of the training, whether the model has just been trained or was loaded for this.
+            with self.autocast():
+                return model(pixel_values=crops).logits
+
+        groups = [(pixels, sizes)]
+        if not isinstance(pixels, torch.Tensor):
+            groups = [(image[None], [size]) for image, size in zip(pixels, sizes, strict=True)]
+        for group, own in groups:
+            yield from predict_each(
+                scores,
+                group.to(self.args.device, non_blocking=True),
+                own,
                 window=self.args.window,
                 stride=self.args.stride,
                 batch_size=self.args.window_batch_size,

@@ -97,16 +97,16 @@ def test_loader_workers_outlive_a_signal_to_all(streamed: bool, tmp_path: Path) 
 def test_loader_workers_of_evaluations_outlive_it_too(tmp_path: Path) -> None:
     trainer = segmentation_trainer(tmp_path / "task", dataloader_num_workers=1)
     trainer.eval_dataset = {"toy_city:night": evaluation_set(10)}
-    scores, asked = trainer._window_scores, []
+    predictions, asked = trainer._predictions, []
 
     def signalled(*args: Any) -> Any:
         if not asked:
             asked.extend(multiprocessing.active_children())
             os.kill(asked[0].pid, signal.SIGTERM)
             asked[0].join(timeout=1)
-        return scores(*args)
+        return predictions(*args)
 
-    trainer._window_scores = signalled
+    trainer._predictions = signalled
     assert trainer.evaluate_domains(examples=0)["toy_city:night"].images == 10 and len(asked) == 1
     other = distillation_trainer(tmp_path / "distil")
     for loader in (other.get_eval_dataloader([{}] * 4), other.get_test_dataloader([{}] * 4)):
