@@ -216,6 +216,8 @@ class Pipeline:
         if previous is not None and stage.carry_heads:
             trainer.objective.load_state_dict(load_file(previous.heads))
         self._train(trainer, folder)
+        if trainer.cache is not None and self.state.is_main_process:
+            print(f"[{name}] {trainer.cache.told()}", flush=True)
 
     def _learn_task(self, name: str, previous: StageFolder | None) -> GKDSegmentationTrainer:
         """Train the segmenter of the task stage or of a baseline, unless that is done; return what evaluates it."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from gkd_hf.data.shards import is_hub_id
 from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.distillation.one_stage import check_method
+from gkd_hf.distillation.token_store import token_bytes
 from gkd_hf.errors import InputError
 from gkd_hf.hub.model_card import RepoNames
 from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
@@ -214,12 +215,32 @@ def _stage_lines(
             )
         if steps is not None and stage.query_warmup_steps >= steps and recipe.method == "gkd":
             lines.append("  NOTE: the stage ends before its query branches begin: it is trained as method mse")
+        lines += _view_lines(stage, images, student, teachers)
         frozen = "the teacher" if len(teachers) == 1 else "the teachers"
         lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teachers)}; frozen: {frozen}")
     else:
         lines += _task_lines(recipe, stage, student)
         _check_one_stage(recipe, stage, student, teachers)
     return lines
+
+
+def _view_lines(
+    stage: DistillationRecipe, images: int | None, student: PlannedEncoder, teachers: list[PlannedEncoder]
+) -> list[str]:
+    """Fixed views, and what keeping the teachers' tokens of all of them takes on disk."""
+    if stage.views is None:
+        return []
+    lines = [f"  views: {stage.views} fixed one(s) of each image, in turn from pass to pass"]
+    if stage.teacher_cache is None:
+        return lines
+    size = "size unknown without the Hub"
+    configs = [encoder.config for encoder in (student, *teachers)]
+    if images is not None and None not in configs:
+        adapters = [adapter_for(config) for config in (_in_geometry(student, stage), *configs[1:])]
+        height, width = common_grid(*adapters[:2], stage.image_size)
+        each = sum(token_bytes(height * width, adapter.width) for adapter in adapters[1:])
+        size = f"{each * images * stage.views / 1e9:.3g} GB = {each / 1e6:.3g} MB × {images:,} images × {stage.views}"
+    return [*lines, f"  teacher cache: {stage.teacher_cache}, {size}, once every view was seen"]
 
 
 def _check_one_stage(
@@ -351,7 +372,8 @@ def _output_lines(recipe: Recipe) -> list[str]:
     lines += [f"  stages/{name}/: checkpoints, model" for name in [*head, *(name for name, _ in recipe.stages)]]
     lines += [f"  baselines/{name}/: checkpoints, model" for name in recipe.baselines]
     distilled = any(recipe.stages.distillation()) or recipe.method in ONE_STAGE_METHODS
-    trained = "trained" if encoder_is_trained(recipe, "task") else "untrained"
+    learns = recipe.stages.task is not None and encoder_is_trained(recipe, "task")
+    trained = "trained" if learns else "untrained"
     lines += [f"  encoder/: the {'distilled' if distilled else trained} encoder, for AutoModel"]
     if recipe.stages.task is not None:
         lines += ["  segmenter/: encoder and head", "  report.json, report.md, report.png"]

@@ -96,6 +96,8 @@ class DistillationRecipe(StageRecipe):
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     rand_augment: bool = True
     erase_probability: float = 0.25
+    views: int | None = None  # fixed augmentations of each image, which passes take in turn; None: a new one each time
+    teacher_cache: str | None = None  # folder that keeps the teacher's tokens of these views, for other runs, too
     mask_probability: float = 0.5
     mask_ratio: float = 0.5
     token_weight: float = 1.0

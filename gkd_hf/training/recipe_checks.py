@@ -208,6 +208,16 @@ def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_d
         len(stage.crop_scale) != 2 or not 0 < stage.crop_scale[0] <= stage.crop_scale[1] <= 1
     ):
         raise InputError(f"{origin}: {key}.crop_scale is {stage.crop_scale}: give [smallest, largest] within (0, 1]")
+    if isinstance(stage, DistillationRecipe) and stage.teacher_cache is not None:
+        if stage.views is None:
+            raise InputError(
+                f"{origin}: {key}.teacher_cache needs {key}.views, for example 4: without it every pass shows new "
+                "views, whose tokens nobody asks for again"
+            )
+        if stage.teacher_cache.strip().lower() in ("", "true", "false"):
+            raise InputError(
+                f"{origin}: {key}.teacher_cache is '{stage.teacher_cache}': give a folder, or null for no cache"
+            )
     if isinstance(stage, TaskRecipe):
         head = stage.decode_head
         one_of(f"{key}.decode_head", head.get("type") if isinstance(head, Mapping) else head, DECODE_HEADS)

@@ -24,7 +24,7 @@ from gkd_hf.data.transforms import DistillationTransform, EvaluationTransform, S
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.training.class_check import DividedSplit, check_classes
 from gkd_hf.training.label_check import LabelledSplit, check_labels, look_at_first_rows
-from gkd_hf.training.recipe import Recipe, StageRecipe, TaskRecipe, recipe_domain
+from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe, TaskRecipe, recipe_domain
 
 TOY_TEACHER = Path(__file__).parents[1] / "assets" / "toy_teacher"
 POOL_STYLE = "pool"
@@ -178,7 +178,9 @@ class RecipeData:
             label_map = self.label_map(name) if labelled else None
             rows = self.labelled_rows(use) if labelled else self.rows(use)
             sources.append(Source(rows, name, label_map, weight, self.num_rows(use)))
-        return SampleStream.mixed(sources, transform, seed=self.recipe.seed, micro_batch_size=micro_batch_size)
+        views = stage.views if isinstance(stage, DistillationRecipe) else None
+        seed = self.recipe.seed
+        return SampleStream.mixed(sources, transform, seed=seed, micro_batch_size=micro_batch_size, views=views)
 
     def evaluation_set(self, name: str, mean: Sequence[float], std: Sequence[float]) -> EvaluationSet:
         """The test images of a domain, at its test size; ``mean`` and ``std`` are the student's."""

@@ -31,6 +31,7 @@ DISTILLATION_SETTINGS = (
     "patch_weight",
     "query_warmup_steps",
     "attention_scale",
+    "teacher_cache",
 )
 
 

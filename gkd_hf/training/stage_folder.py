@@ -34,6 +34,8 @@ LATER_SETTINGS = {
     "label_seed": 0,
     "freeze_encoder": True,
     "standardise": None,
+    "views": None,
+    "teacher_cache": None,
 }
 
 

@@ -27,6 +27,8 @@ def stage_folders(recipe: Recipe, data: RecipeData) -> dict[str, StageFolder]:
         own = dataclasses.asdict(stage)
         settings = shared | {"stages": {name: own}, "data": _data_settings(recipe, data, stage)}
         if isinstance(stage, DistillationRecipe):
+            # Tokens that are kept are rounded, wherever that is.
+            own["teacher_cache"] = None if stage.teacher_cache is None else "bf16"
             settings |= {"method": recipe.method} | _teacher_settings(recipe)
         else:
             trained = {key: value for key, value in own.items() if not key.startswith("baseline_")}
