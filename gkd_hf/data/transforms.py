@@ -50,7 +50,7 @@ class Crop:
 
 @functools.lru_cache
 def _kept(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Keep three numbers on a device as 3×1×1: bringing them there with every batch would wait for what it computes."""
+    """Keep three numbers on a device, 3×1×1: to bring them there with every batch waits for what it computes."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 

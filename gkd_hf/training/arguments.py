@@ -35,8 +35,8 @@ class StageArguments(TrainingArguments):
         metadata={"help": "Train on the CPU; processes launched there join only if they know it."},
     )
     accelerator_config: dict | str | None = field(
-        default_factory=lambda: {"dispatch_batches": False},
-        metadata={"help": "Accelerate's settings; by default each process decodes its own samples."},
+        default_factory=lambda: {"dispatch_batches": False, "non_blocking": torch.cuda.is_available()},
+        metadata={"help": "Accelerate's; by default each process decodes its own samples, and copies do not wait."},
     )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin host memory; only of use with a GPU."}

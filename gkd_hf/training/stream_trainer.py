@@ -167,6 +167,7 @@ class StreamTrainer(PublishingTrainer):
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
+            non_blocking=args.dataloader_pin_memory,  # a pinned batch travels while the last one is computed
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -339,6 +340,20 @@ class StreamTrainer(PublishingTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Biases and everything of one dimension or none is not decayed (GKD's recipe)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        """Look at the gradients' norm where it is logged alone: it takes a pass over them, and over all processes."""
+        if grad_norm is None and not self._is_logged():
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _is_logged(self) -> bool:
+        """Whether the end of this step logs, as far as its number tells."""
+        args, step = self.args, self.state.global_step + 1
+        if args.logging_strategy != "steps":
+            return args.logging_strategy == "epoch"
+        first = step == 1 and args.logging_first_step
+        return first or step % max(1, int(self.state.logging_steps)) == 0
 
     # -- losses -------------------------------------------------------------------------------------------------------
 

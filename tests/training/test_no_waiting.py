@@ -38,16 +38,19 @@ class Crossings(TorchDispatchMode):
         return out
 
 
-def trainer_on_meta(folder: Path, student: str, teacher: str, **settings: Any) -> GKDDistillationTrainer:
+def distillation(folder: Path, student: str, teacher: str, **settings: Any) -> GKDDistillationTrainer:
     transform = DistillationTransform(SIZE, (0.5,) * 3, (0.25,) * 3, rand_augment=False, erase_probability=0.0)
     stream = SampleStream(
         toy_city("clear_day", BATCH, size=SIZE, seed=0), transform, seed=0, micro_batch_size=BATCH, domain="toy_city"
     )
-    args = GKDDistillationArguments(
-        str(folder), max_steps=100, per_device_train_batch_size=BATCH, use_cpu=True, disable_tqdm=True, **settings
-    )
+    usual = {"max_steps": 100, "per_device_train_batch_size": BATCH, "use_cpu": True, "disable_tqdm": True}
     model = GKDStudentModel.from_encoder(ENCODERS[student])
-    trainer = GKDDistillationTrainer(model, GKDTeacher(ENCODERS[teacher]), args, stream)
+    args = GKDDistillationArguments(str(folder), **(usual | settings))
+    return GKDDistillationTrainer(model, GKDTeacher(ENCODERS[teacher]), args, stream)
+
+
+def trainer_on_meta(folder: Path, student: str, teacher: str, **settings: Any) -> GKDDistillationTrainer:
+    trainer = distillation(folder, student, teacher, **settings)
     trainer.model.to("meta").train()
     trainer.teacher.to("meta")
     trainer._teaching.mean, trainer._teaching.std = torch.empty(2, 1, 3, 1, 1, device="meta")
@@ -86,3 +89,34 @@ def test_a_question_to_the_device_would_be_seen(tmp_path: Path) -> None:
     with Crossings() as crossings:
         torch.zeros(3, device="meta") + torch.ones(3).to("meta")
     assert crossings.seen == ["aten._to_copy.default"]
+
+
+def test_the_norm_of_the_gradients_is_looked_at_where_it_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = distillation(tmp_path, "vit", "dinov2", max_steps=5, logging_steps=2, save_strategy="no")
+    asked: list[int] = []
+    norm = trainer.accelerator.clip_grad_norm_
+
+    def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(trainer.state.global_step + 1)
+        return norm(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", seen)
+    trainer.train()
+    assert asked == [2, 4]
+    assert [entry["step"] for entry in trainer.state.log_history if entry.get("grad_norm", 0) > 0] == [2, 4]
+
+
+def test_clipping_looks_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = distillation(tmp_path, "vit", "dinov2", max_steps=3, max_grad_norm=1e-3, save_strategy="no")
+    asked: list[float] = []
+    norm = trainer.accelerator.clip_grad_norm_
+
+    def seen(parameters: Any, most: float) -> torch.Tensor:
+        asked.append(most)
+        return norm(parameters, most)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", seen)
+    trainer.train()
+    assert asked == [1e-3] * 3
