@@ -103,16 +103,20 @@ def _class_for(
     raise InputError(f"'{source}' is a {config.model_type}, which is no semantic segmenter in transformers")
 
 
-def class_logits(outputs: ModelOutput, size: tuple[int, int]) -> torch.Tensor:
-    """Return float32 B×K×H×W class scores at ``size`` (H, W) of a semantic segmenter's or Mask2Former's outputs.
+def class_scores(outputs: ModelOutput) -> torch.Tensor:
+    """Return float32 B×K×h×w class scores of a semantic segmenter's or Mask2Former's outputs, at their resolution.
 
     Of Mask2Former's queries, as its semantic inference has it: Σ_q softmax(class)[:-1] · sigmoid(mask).
     """
     if "class_queries_logits" in outputs:
         classes = outputs["class_queries_logits"].float().softmax(-1)[..., :-1]
-        logits = torch.einsum("bqk,bqhw->bkhw", classes, outputs["masks_queries_logits"].float().sigmoid())
-    else:
-        logits = outputs["logits"].float()
+        return torch.einsum("bqk,bqhw->bkhw", classes, outputs["masks_queries_logits"].float().sigmoid())
+    return outputs["logits"].float()
+
+
+def class_logits(outputs: ModelOutput, size: tuple[int, int]) -> torch.Tensor:
+    """Return `class_scores` resized bilinearly to ``size`` (H, W), float32 B×K×H×W."""
+    logits = class_scores(outputs)
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
