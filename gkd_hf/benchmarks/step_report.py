@@ -1,0 +1,78 @@
+"""A measured step for a reader: the arms side by side, and a profile of the trainer's own steps by operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gkd_hf.benchmarks.step import PARTS, StepSettings, arms_of
+
+STEPS = 10
+OPERATORS = 25  # rows of the profile's table
+# What makes the host wait for a device, by the operators' and the CUDA runtime's names.
+WAITING = (
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+)
+COPYING = ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous", "Memcpy DtoH", "Memcpy HtoD")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return what `step.measure` returns as lines to read."""
+    names = list(result["step_ms"])
+    lines = [f"{'':<22}" + "".join(f"{name:>12}" for name in names)]
+
+    def row(title: str, values: list[float]) -> None:
+        lines.append(f"{title:<22}" + "".join(f"{value:>12.1f}" for value in values))
+
+    row("step, ms", [result["step_ms"][name] for name in names])
+    for part in PARTS:
+        row(f"  {part}, ms", [result["parts_ms"][name][part] for name in names])
+    row("peak memory, MiB", [result["peak_mb_by_arm"][name] for name in names])
+    row("kept for backward, MiB", [result["activation_mb"][name] for name in names])
+    lines.append(
+        f"{result['images_per_s']:.2f} images/s; {result['speedup']:.3f} times the reference's speed, "
+        f"{result['over_floor']:.3f} times the floor's time"
+    )
+    lines.append(
+        f"relative difference of the losses {result['loss_difference']:.1e}, of the gradients "
+        f"{result['gradient_difference']:.1e}"
+    )
+    if result["mfu"] is not None:
+        lines.append(f"model FLOPs utilisation {100 * result['mfu']:.1f} %")
+    return "\n".join(lines)
+
+
+def profiled(settings: StepSettings) -> tuple[str, dict[str, float]]:
+    """Profile ten steps of the trainer, after two that are not.
+
+    Returns:
+        A table by operator, and for each name of `WAITING` and `COPYING` that was met its calls per step.
+    """
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (settings.device == "cuda")
+    with arms_of(settings) as arms:
+        ours = arms["ours"]
+        del arms["reference"], arms["floor"]
+        for _ in range(2):
+            ours.step()
+        with profile(activities=activities) as profiler:
+            for _ in range(STEPS):
+                ours.step()
+            if settings.device == "cuda":
+                torch.cuda.synchronize()
+    averages = profiler.key_averages()
+    found = {
+        name: sum(event.count for event in averages if event.key.startswith(name)) / STEPS
+        for name in (*WAITING, *COPYING)
+    }
+    order = f"self_{settings.device}_time_total"
+    lines = [averages.table(sort_by=order, row_limit=OPERATORS, max_name_column_width=60)]
+    lines += [f"{calls:8.1f} calls of {name} a step" for name, calls in found.items() if calls]
+    return "\n".join(lines), {name: calls for name, calls in found.items() if calls}
