@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 8  # channels of which CUDA's fused attention takes multiples
+_looked_at: set[tuple[torch.device, torch.dtype, int]] = set()
 
 
 class Projection(nn.Module):
@@ -58,10 +71,7 @@ class QuerySoftDistillation(ProjectionDistillation):
             # Every parameter stays in the graph, as gradient reduction over processes expects.
             return value + 0.0 * sum(parameter.sum() for parameter in self.query.parameters())
         query = self.query(student)
-        # A head axis of one lets the fused kernels take it, which never hold the K×K matrix.
-        teacher = teacher.to(query.dtype)
-        mixed = F.scaled_dot_product_attention(query[:, None], teacher[:, None], value[:, None], scale=self.scale)
-        return mixed[:, 0]
+        return fused_attention(query, teacher.to(query.dtype), value, self.scale)
 
     @torch.no_grad()
     def start_query_from_value(self) -> None:
@@ -82,3 +92,41 @@ class QuerySoftDistillation(ProjectionDistillation):
         entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1).mean()
         self_weight = attention.diagonal(dim1=1, dim2=2).mean()
         return {"attention_entropy": entropy, "self_weight": self_weight, "logit_std": logits.std(-1).mean()}
+
+
+def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return softmax(q·kᵀ·scale)·v of B×K×C tensors by a kernel that never holds the B×K×K matrix.
+
+    On the CPU one kernel takes every width C. On CUDA flash attention takes heads of up to 256 channels and the
+    memory-efficient kernel wider ones, both of a multiple of 8: other widths are filled up with zeros, which change
+    neither the products nor what is kept of the output. Where there is no such kernel all the same, it is said once.
+    """
+    width = query.shape[-1]
+    filled = -width % ALIGNMENT
+    # A head axis of one lets the fused kernels take it.
+    heads = [F.pad(tensor[:, None], (0, filled)) if filled else tensor[:, None] for tensor in (query, key, value)]
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
+        _warn_unless_fused(*heads)
+    mixed = F.scaled_dot_product_attention(*heads, scale=scale)[:, 0]
+    return mixed[..., :width] if filled else mixed
+
+
+def _warn_unless_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    dtype = (
+        torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+    )
+    kind = (query.device, dtype, query.shape[-1])
+    if kind in _looked_at:
+        return
+    _looked_at.add(kind)
+    params = SDPAParams(query.to(dtype), key.to(dtype), value.to(dtype), None, 0.0, False, False)
+    if not (can_use_flash_attention(params) or can_use_efficient_attention(params) or can_use_cudnn_attention(params)):
+        logger.warning(
+            "There is no fused attention of %d channels in %s on %s: the heads will hold B×%d×%d matrices, forward "
+            "and backward.",
+            query.shape[-1],
+            dtype,
+            torch.cuda.get_device_name(query.device),
+            query.shape[-2],
+            query.shape[-2],
+        )
