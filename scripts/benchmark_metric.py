@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Measure the metric against the algorithm of evaluate's mean_iou, and a whole evaluation against its model's forward.
+
+    python scripts/benchmark_metric.py                                    # ResNet-18, 100 images of 1024x512
+    python scripts/benchmark_metric.py --only metric --height 1024 --width 2048 --classes 19
+    python scripts/benchmark_metric.py --student vit-s --images 20 --rounds 2
+    python scripts/benchmark_metric.py --device cuda --precision bf16 --workers 8 --student resnet-50
+
+"speedup" is the time of the histograms of evaluate's mean_iou over ours for one pair of int64 maps in memory, median
+over rounds in turn; "equal" whether intersections and unions are the same numbers. "evaluation_over_forward" is the
+time of evaluate_domains (reading, decoding, sliding windows of 512 with stride 341, resizing, counting) over that of
+the model's forward alone on the same windows, median over rounds in turn; weights are random, the head is linear.
+The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
+
+import torch
+
+from gkd_hf.benchmarks.metric import STUDENTS, EvaluationSettings, measure_evaluation, measure_metric
+from gkd_hf.benchmarks.timing import machine
+from gkd_hf.errors import InputError, refused
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = {field.name: field.default for field in fields(EvaluationSettings)}
+    parser.add_argument("--only", choices=("metric", "evaluation"), help="measure one of the two")
+    parser.add_argument("--height", type=int, default=1024, help="of the metric's pair (default %(default)s)")
+    parser.add_argument("--width", type=int, default=2048, help="of the metric's pair (default %(default)s)")
+    parser.add_argument("--classes", type=int, default=default["classes"], help="number (default %(default)s)")
+    parser.add_argument("--student", default=default["student"], help=f"{', '.join(STUDENTS)} (default %(default)s)")
+    parser.add_argument("--images", type=int, default=default["images"], help="evaluated in all (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=default["rounds"], help="their parts (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=default["workers"], help="that read (default %(default)s)")
+    parser.add_argument("--precision", default=default["precision"], help="fp32 or bf16 (default %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, or 2 for wrong input."""
+    options = parse(argv)
+    result = {}
+    try:
+        if options.threads < 1:
+            raise InputError(f"threads is {options.threads}: give 1 or more")
+        torch.set_num_threads(options.threads)
+        given = vars(options)
+        settings = EvaluationSettings(**{f.name: given[f.name] for f in fields(EvaluationSettings) if f.name in given})
+        if options.only != "evaluation":
+            result |= measure_metric(options.height, options.width, options.classes, device=options.device)
+            print(f"one pair of {options.height}×{options.width}, {options.classes} classes:")
+            for name in ("histograms", "ours", "ours_uint8"):
+                print(f"  {name:<12} {result[f'{name}_ms']:8.2f} ms")
+            print(f"  speedup {result['speedup']:.1f}, equal: {result['equal']}")
+        if options.only != "metric":
+            result |= measure_evaluation(settings, lambda line: print(line, file=sys.stderr, flush=True))
+            print(f"{settings.images} images of 1024×512, {settings.student}, {settings.precision}:")
+            for name in ("evaluation", "forward"):
+                print(f"  {name:<12} {result[f'{name}_s']:8.2f} s")
+            print(f"  evaluation / forward {result['evaluation_over_forward']:.3f}")
+    except InputError as error:
+        return refused(error)
+    print(json.dumps(result | machine(options.device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
