@@ -126,7 +126,7 @@ def _warn_unless_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
             "and backward.",
             query.shape[-1],
             dtype,
-            torch.cuda.get_device_name(query.device),
+            query.device,
             query.shape[-2],
             query.shape[-2],
         )

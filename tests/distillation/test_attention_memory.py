@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gkd_hf.benchmarks.step_arms import written_attention
+from gkd_hf.distillation import query_based
 from gkd_hf.distillation.query_based import QuerySoftDistillation, fused_attention
 
 BATCH, STUDENT_DIM = 2, 8
@@ -81,3 +82,12 @@ def test_the_fused_kernel_is_the_one_that_runs(width: int, enabled: bool) -> Non
     names = {event.key for event in profiler.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names
     assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+def test_a_missing_kernel_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_based, "_looked_at", set())
+    tokens = torch.zeros(1, 1, 4, 24)
+    for _ in range(2):
+        query_based._warn_unless_fused(tokens, tokens, tokens)  # CUDA's kernels take no tensor of the CPU
+    (said,) = caplog.messages
+    assert "no fused attention of 24 channels in torch.float32" in said and "B×4×4" in said
