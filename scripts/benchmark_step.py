@@ -3,6 +3,7 @@
 
     python scripts/benchmark_step.py                                      # ViT-S from ViT-B, 224/14, batch 8, fp32
     python scripts/benchmark_step.py --student resnet-50 --profile
+    python scripts/benchmark_step.py --teacher-cache                      # and: what reading teacher tokens saves
     python scripts/benchmark_step.py --device cuda --precision bf16 --batch-size 32 --image-size 512 --patch-size 16
     python scripts/benchmark_step.py --student facebook/dinov2-small --teacher facebook/dinov2-base
 
@@ -13,7 +14,8 @@ Named models have random weights; Hub ids and folders bring theirs. "speedup" is
 / floor, each the median over rounds. Memory is in MiB: what an arm holds between two steps, and the most that a step
 allocates beyond it; "activation_mb" is what the forward keeps for the backward pass. The losses are compared with
 batch norms in eval mode. --profile adds a table by operator of ten steps, and what in them waits for the device or
-copies. The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
+copies. --teacher-cache adds three steps of ours in turn, whose teacher is asked, read from shards, or asked and written
+to them, and after how many passes over a view that pays. The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs 
 
 import torch
 
+from gkd_hf.benchmarks import cache
 from gkd_hf.benchmarks.step import PRESETS, StepSettings, measure
 from gkd_hf.benchmarks.step_report import profiled, table
 from gkd_hf.errors import InputError, refused
@@ -48,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rounds", type=int, default=default["rounds"], help="timed steps of each arm (%(default)s)")
     own.add_argument("--peak-tflops", type=float, help="of the GPU, for its utilisation (known for some in bf16)")
     own.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")
+    own.add_argument("--teacher-cache", action="store_true", help="also tell when a cache of teacher tokens pays")
     own.add_argument("--profile", action="store_true", help="also profile ten steps of the trainer")
     return own
 
@@ -62,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = StepSettings(**{field.name: options[field.name] for field in fields(StepSettings)})
         result = measure(settings)
         print(table(result))
+        if options["teacher_cache"]:
+            result["teacher_cache"] = cache.measure(settings)
+            print(cache.table(result["teacher_cache"]))
         if options["profile"]:
             text, result["profile"] = profiled(settings)
             print(text)
