@@ -107,7 +107,8 @@ def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     heads = [F.pad(tensor[:, None], (0, filled)) if filled else tensor[:, None] for tensor in (query, key, value)]
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
         _warn_unless_fused(*heads)
-    mixed = F.scaled_dot_product_attention(*heads, scale=scale)[:, 0]
+    # Not [:, 0], whose backward pass copies the gradient into zeros.
+    mixed = F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
     return mixed[..., :width] if filled else mixed
 
 
