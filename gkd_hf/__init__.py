@@ -8,17 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
-
+from gkd_hf.auto_classes import register
 from gkd_hf.errors import InputError
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
-from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 
 if TYPE_CHECKING:
     from gkd_hf.distillation.objective import GKDObjective, MSEObjective, ProteusObjective
     from gkd_hf.distillation.query_based import QuerySoftDistillation
     from gkd_hf.hub.model_card import GKDModelCard
     from gkd_hf.hub.push import push_run as push_to_hub
+    from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
     from gkd_hf.task_teacher import TaskTeacher
     from gkd_hf.teacher import GKDTeacher
     from gkd_hf.training.arguments import GKDDistillationArguments, GKDSegmentationArguments
@@ -28,11 +27,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-AutoConfig.register(GKDStudentConfig.model_type, GKDStudentConfig)
-AutoModel.register(GKDStudentConfig, GKDStudentModel)
-AutoModelForSemanticSegmentation.register(GKDStudentConfig, GKDStudentForSemanticSegmentation)
+register()
 
-# Trainers bring accelerate and datasets: loaded when first asked for, so that using a student stays light.
+# Models bring most of transformers, trainers accelerate and datasets: loaded when first asked for.
 _LAZY = {
     "GKDDistillationArguments": "gkd_hf.training.arguments",
     "GKDDistillationTrainer": "gkd_hf.training.distillation_trainer",
@@ -41,6 +38,8 @@ _LAZY = {
     "GKDSegmentationArguments": "gkd_hf.training.arguments",
     "GKDSegmentationTrainer": "gkd_hf.training.segmentation_trainer",
     "GKDModelCard": "gkd_hf.hub.model_card",
+    "GKDStudentForSemanticSegmentation": "gkd_hf.models.modeling_gkd",
+    "GKDStudentModel": "gkd_hf.models.modeling_gkd",
     "GKDTeacher": "gkd_hf.teacher",
     "MSEObjective": "gkd_hf.distillation.objective",
     "ProteusObjective": "gkd_hf.distillation.objective",

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import build_hf_headers, get_session
@@ -119,6 +117,9 @@ def _resolve(
     location: str, folder: Path, names: Iterable[str]
 ) -> tuple[dict[str, tuple[str, ...]] | None, dict[str, int]]:
     """Let datasets sort the files into splits, on empty files of the same names."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
     with tempfile.TemporaryDirectory() as temporary:
         # Its name gets into messages.
         sketch = Path(temporary).resolve() / location

@@ -9,9 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import constants
@@ -22,13 +21,13 @@ from gkd_hf.data.rows import IMAGE_COLUMNS, Shard, ShardFolder, ShardRows, Shard
 from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.pull import hub_error, with_retries
 
+if TYPE_CHECKING:
+    import datasets  # half a second that a plan does not need; imported where data sets of the Hub are asked for
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FOOTERS_AT_ONCE = 8
-# For each read of a streamed file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are many
-# minutes in which a run that will not go on does not end.
-datasets.config.STREAMING_READ_MAX_RETRIES = 3
 
-Rows = ShardRows | datasets.IterableDataset
+Rows: TypeAlias = "ShardRows | datasets.IterableDataset"
 Item = TypeVar("Item")
 
 
@@ -84,6 +83,8 @@ def count_rows(location: str | os.PathLike, split: str, *, revision: str | None 
     files = _hub_files(location, split, revision)
     if files.shards is not None:
         return files.num_rows.get(split)
+    import datasets
+
     builder = _from_hub(
         files,
         split,
@@ -182,6 +183,8 @@ def _wanted_columns(present: Sequence[str], columns: Sequence[str], where: str) 
 
 
 def _undecoded(rows: datasets.IterableDataset, columns: Sequence[str]) -> datasets.IterableDataset:
+    import datasets
+
     for column in columns:
         if column in IMAGE_COLUMNS:
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -221,6 +224,11 @@ def _stream(files: HubFiles, split: str, columns: Sequence[str]) -> datasets.Ite
             "HF_HUB_OFFLINE is set: unset it"
         )
         raise InputError(_cannot_open(location, split, why))
+    import datasets
+
+    # For each read of a streamed file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are
+    # many minutes in which a run that will not go on does not end.
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3
     rows = _from_hub(
         files,
         split,

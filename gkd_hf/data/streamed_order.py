@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import datasets
 import fsspec.asyn
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,9 @@ import torch.utils.data
 from gkd_hf.data.bad_rows import row_identity
 from gkd_hf.data.shards import readable
 from gkd_hf.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 _READ_ROWS = 16
 _BUFFER_BYTES = 256 * 2**20

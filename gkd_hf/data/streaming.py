@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 import torch.multiprocessing
@@ -43,6 +42,8 @@ class DataError(InputError):
 def _undecoded(rows: Rows) -> Rows:
     if isinstance(rows, ShardRows):
         return rows
+    import datasets
+
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image) and feature.decode:
             rows = rows.cast_column(column, datasets.Image(decode=False))

@@ -18,8 +18,8 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -31,6 +31,9 @@ from gkd_hf.data.toy_city_scene import Scene
 from gkd_hf.data.toy_city_styles import PRESETS, SOURCE_STYLE, Geometry, Palette, Style
 from gkd_hf.data.toy_city_surfaces import CLASSES, PARTS
 from gkd_hf.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = [
     "CLASSES",
@@ -54,9 +57,6 @@ WORLD_VERSION = 1  # raised whenever the same seed would give another picture
 
 _BATCH = 16  # small enough for the cache of one core
 _ROWS_PER_SHARD = 512
-_FEATURES = datasets.Features(
-    {"image": datasets.Image(decode=False), "label": datasets.Image(decode=False), "id": datasets.Value("string")}
-)
 
 
 def register_style(name: str, style: Style) -> None:
@@ -163,9 +163,18 @@ def toy_city(style: str | Style, count: int, *, size: int = 64, seed: int = 0) -
         InputError: as :func:`render`.
     """
     style = style if isinstance(style, str) and _checked(style, count, size) else _checked(style, count, size)
+    import datasets
+
     return datasets.IterableDataset.from_generator(
-        _rows, features=_FEATURES, gen_kwargs={"style": style, "shards": _ranges(count), "size": size, "seed": seed}
+        _rows, features=_features(), gen_kwargs={"style": style, "shards": _ranges(count), "size": size, "seed": seed}
     )
+
+
+def _features() -> datasets.Features:
+    import datasets
+
+    undecoded = datasets.Image(decode=False)
+    return datasets.Features({"image": undecoded, "label": undecoded, "id": datasets.Value("string")})
 
 
 def is_written(folder: str | os.PathLike, split: str) -> bool:
@@ -217,7 +226,7 @@ def write_shards(
             target = folder / f"{split}-{shard:05d}-of-{len(ranges):05d}.parquet"
             if not target.exists():
                 rows = list(_rows(style, [(begin, end)], size, seed))
-                table = pyarrow.Table.from_pylist(rows, schema=_FEATURES.arrow_schema)
+                table = pyarrow.Table.from_pylist(rows, schema=_features().arrow_schema)
                 buffer = io.BytesIO()
                 pyarrow.parquet.write_table(table, buffer, compression="none")
                 _write_whole(target, buffer.getvalue())

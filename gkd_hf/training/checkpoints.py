@@ -22,7 +22,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from gkd_hf.data.shard_writer import sync_folder
@@ -76,6 +75,8 @@ def checkpoint_step(checkpoint: str | os.PathLike) -> int:
     Raises:
         InputError: the checkpoint is not there or not whole.
     """
+    from transformers.trainer import TRAINER_STATE_NAME  # half a second that a plan does not need
+
     state = Path(checkpoint) / TRAINER_STATE_NAME
     try:
         return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])

@@ -1,0 +1,61 @@
+"""What is not imported before it is needed: one process that imports the library, uses Auto classes and plans."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gkd_hf.benchmarks.startup import measure
+from gkd_hf.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, runpy, sys
+
+def there(*names):
+    return [name for name in names if name in sys.modules]
+
+told = {}
+import gkd_hf
+told["import"] = there("datasets", "accelerate", "evaluate", "pandas", "pyarrow", "scipy", "matplotlib",
+    "transformers.modeling_utils", "transformers.trainer", "gkd_hf.models.modeling_gkd", "gkd_hf.models.encoders")
+sys.argv = ["run_gkd.py", "--plan"]
+try:
+    runpy.run_path("scripts/run_gkd.py", run_name="__main__")
+except SystemExit as end:
+    told["exit"] = end.code
+told["plan"] = there("datasets", "evaluate", "matplotlib", "transformers.trainer")
+told["needed"] = there("gkd_hf.models.modeling_gkd")
+from transformers import AutoModelForSemanticSegmentation
+config = gkd_hf.GKDStudentConfig(
+    encoder_config={"model_type": "resnet", "embedding_size": 8, "depths": [1] * 4, "hidden_sizes": [8] * 4},
+    decode_head={"type": "linear"}, num_labels=3,
+)
+model = AutoModelForSemanticSegmentation.from_config(config)
+told["auto"] = type(model) is gkd_hf.GKDStudentForSemanticSegmentation
+told["registered"] = AutoModelForSemanticSegmentation._model_mapping[type(config)] is type(model)
+print(json.dumps(told))
+"""
+
+
+def test_importing_and_planning_leave_out_what_they_do_not_need():
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told == {
+        "import": [],
+        "exit": 0,
+        "plan": [],
+        "needed": ["gkd_hf.models.modeling_gkd"],
+        "auto": True,
+        "registered": True,
+    }
+    assert "Plan of" in ended.stdout
+
+
+def test_a_process_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr("gkd_hf.benchmarks.startup.IMPORTS", {"gkd_hf": "raise SystemExit('no such module')"})
+    with pytest.raises(InputError, match="ended with exit code 1: no such module"):
+        measure(ROOT, [])
