@@ -15,7 +15,7 @@ Named models have random weights; Hub ids and folders bring theirs. "speedup" is
 allocates beyond it; "activation_mb" is what the forward keeps for the backward pass. The losses are compared with
 batch norms in eval mode. --profile adds a table by operator of ten steps, and what in them waits for the device or
 copies. --teacher-cache adds three of our steps in turn, whose teacher is asked, read from shards, or asked and written
-there, and says after how many passes over a view that pays. The last line is one JSON object. Wrong input ends with one
+there, and after how many passes over a view that pays. The last line is one JSON object. Wrong input ends with one
 line on stderr and exit code 2.
 """
 
