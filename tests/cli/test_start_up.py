@@ -59,3 +59,5 @@ def test_a_process_that_fails_is_told(monkeypatch):
     monkeypatch.setattr("gkd_hf.benchmarks.startup.IMPORTS", {"gkd_hf": "raise SystemExit('no such module')"})
     with pytest.raises(InputError, match="ended with exit code 1: no such module"):
         measure(ROOT, [])
+    with pytest.raises(InputError, match="recipe 'nothing.yaml' does not exist"):
+        measure(ROOT, [Path("nothing.yaml")])
