@@ -105,24 +105,30 @@ def measure(settings: InferenceSettings) -> dict[str, Any]:
 def memory_of(
     settings: InferenceSettings, forward: Forward, weights: list[torch.Tensor], device: torch.device
 ) -> dict[str, Any]:
-    """Return what segmenting one image of the memory size takes beyond the image and the weights, and its bound.
+    """Return what segmenting one image takes beyond the image and the weights, and its bound.
 
-    The bound is the float32 scores of the image, and the peak of one batch of windows: the pixels cut out, and their
-    forward. Both are MiB of torch's allocator on a GPU; elsewhere of all tensors' storages, without what kernels take
-    and give back inside themselves.
+    Once the image has the memory size, as its labels have ("peak_mb"), and once half of that in height and width, so
+    that the scores are resized to the labels ("peak_resized_mb"). The bound of each is the float32 scores of the
+    image, and the peak of one batch of windows: the pixels cut out, and their forward. All are MiB of torch's
+    allocator on a GPU; elsewhere of all tensors' storages, without what kernels take and give back inside themselves.
     """
     side, size = settings.window, settings.memory_size
     image, crop = torch.zeros(1, 3, *size, device=device), torch.zeros(3, side, side, device=device)
-    scores = forward(crop[None]).shape[1] * 4 * max(side, size[0]) * max(side, size[1])
-    batch_size, given = settings.batch_size, [*weights, image, crop]
+    half = torch.zeros(1, 3, *(max(1, length // 2) for length in size), device=device)
+    classes = forward(crop[None]).shape[1]
+    scores, fewer = (classes * 4 * max(side, each.shape[2]) * max(side, each.shape[3]) for each in (image, half))
+    batch_size, given = settings.batch_size, [*weights, image, half, crop]
     one_batch = peak_bytes(lambda: forward(torch.stack([crop] * batch_size)), device, given)
     peak = peak_bytes(lambda: _segment(settings, forward, batch_size, image, size), device, given)
+    resized = peak_bytes(lambda: _segment(settings, forward, batch_size, half, size), device, given)
     return {
         "peak_mb": peak / MIB,
         "bound_mb": (scores + one_batch) / MIB,
+        "peak_resized_mb": resized / MIB,
+        "bound_resized_mb": (fewer + one_batch) / MIB,
         "scores_mb": scores / MIB,
         "window_batch_mb": one_batch / MIB,
-        "within_bound": peak <= scores + one_batch,
+        "within_bound": peak <= scores + one_batch and resized <= fewer + one_batch,
     }
 
 
@@ -185,7 +191,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{name:<12}skipped: {reason}" for name, reason in result["skipped"].items()]
     lines.append(
         f"memory of one image: {result['peak_mb']:.0f} MiB; its scores {result['scores_mb']:.0f} and one batch of "
-        f"windows {result['window_batch_mb']:.0f} are {result['bound_mb']:.0f}"
+        f"windows {result['window_batch_mb']:.0f} are {result['bound_mb']:.0f}; with "
+        f"scores resized twofold {result['peak_resized_mb']:.0f}, of {result['bound_resized_mb']:.0f}"
     )
     own, plain = (
         f"{result['best_class_ms'][n]:.0f} ms, {result['best_class_mb'][n]:.0f} MiB" for n in ("tiles", "plain")
