@@ -135,9 +135,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _copies(store: TokenStore, own: list[bytes], grid: tuple[int, int], width: int) -> list[bytes]:
-    """Keep the batch's tokens under other keys, too, as often as fits into `KEPT_BYTES`; return those keys."""
+    """Keep the batch's tokens under other keys, too, once or as often as fits into `KEPT_BYTES`; return those.
+
+    At least one of each is kept, whatever the bounds, so that a step finds a whole batch.
+    """
     _, tokens = store.read(own, grid[0] * grid[1], width)
-    views = min(MOST_VIEWS, max(len(own), KEPT_BYTES // tokens[0].nbytes)) // len(own) * len(own)
+    views = max(len(own), min(MOST_VIEWS, KEPT_BYTES // tokens[0].nbytes)) // len(own) * len(own)
     keys = [secrets.token_bytes(KEY_BYTES) for _ in range(views)]
     for number, key in enumerate(keys):
         store.add(key, tokens[number % len(own)].clone())

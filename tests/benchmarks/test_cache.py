@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd_hf.benchmarks import step
+from gkd_hf.benchmarks import cache, step
 from gkd_hf.benchmarks.cache import IMAGENET, measure, passes_until_it_pays, table
 from gkd_hf.benchmarks.step import StepSettings
 from gkd_hf.errors import InputError
@@ -45,3 +45,10 @@ def test_the_account_of_a_tiny_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not any(tmp_path.iterdir())
     with pytest.raises(InputError, match="shards cannot be written to"):
         measure(settings, str(tmp_path / "absent"))
+
+
+def test_a_batch_of_more_images_than_are_kept_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PRESETS", {"student": ENCODERS["vit"], "teacher": ENCODERS["dinov2"]})
+    monkeypatch.setattr(cache, "MOST_VIEWS", 2)
+    result = measure(StepSettings("student", "teacher", batch_size=3, image_size=32, rounds=1), str(tmp_path))
+    assert result["step_ms"]["cached"] > 0
