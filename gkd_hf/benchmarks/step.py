@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import tempfile
 import time
@@ -44,8 +45,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "convnext-t": {"model_type": "convnext"},
 }
 
-# Dense bf16 TFLOP/s without sparsity, from the makers' data sheets, by a part of the name that CUDA gives the device.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
+# Dense bf16 TFLOP/s without sparsity, from the makers' data sheets, by words of the name that CUDA gives the device.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10G": 70,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class StepSettings:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(f"{name} is {getattr(self, name)}: give {bound} or more")
+        if self.patch_size is not None and self.patch_size < 1:
+            raise InputError(f"patch_size is {self.patch_size}: give 1 or more, or leave it out for the student's own")
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"unknown precision '{self.precision}' (there are: fp32, bf16)")
         if self.device not in ("cpu", "cuda"):
@@ -119,11 +133,11 @@ def arms_of(settings: StepSettings) -> Iterator[dict[str, Arm]]:
         trainer = GKDDistillationTrainer(student, teacher, args, stream)
         samples = iter(stream)
         batch = trainer.data_collator([next(samples) for _ in range(settings.batch_size)])
-        reference, floor = copy.deepcopy(trainer.model), copy.deepcopy(trainer.student)
+        # Nothing here holds an arm: who takes one out of the dictionary frees its weights.
         yield {
-            "reference": Reference(trainer, batch, reference),
+            "reference": Reference(trainer, batch, copy.deepcopy(trainer.model)),
             "ours": Ours(trainer, batch),
-            "floor": Floor(trainer, batch, floor),
+            "floor": Floor(trainer, batch, copy.deepcopy(trainer.student)),
         }
 
 
@@ -286,9 +300,17 @@ def utilisation(settings: StepSettings, flops: int, seconds: float) -> float | N
     """Return the part of the GPU's peak that the step's operations take; None where that is not known."""
     peak = settings.peak_tflops
     if peak is None and settings.precision == "bf16":
-        name = torch.cuda.get_device_name()
-        peak = next((speed for part, speed in PEAK_TFLOPS.items() if part in name), None)
+        peak = known_peak(torch.cuda.get_device_name())
     return None if peak is None else flops / seconds / (peak * 1e12)
+
+
+def known_peak(device_name: str) -> int | None:
+    """Return the dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None for unknown ones and MIG slices."""
+    words = set(re.findall(r"\w+", device_name))
+    known = [name for name in PEAK_TFLOPS if words.issuperset(name.split())]
+    if not known or "MIG" in words:
+        return None
+    return PEAK_TFLOPS[max(known, key=len)]
 
 
 def _source(name: str) -> str | dict[str, Any]:

@@ -29,7 +29,7 @@ class Arm(ABC):
     """
 
     def __init__(self, trainer: GKDDistillationTrainer, batch: dict[str, Any], model: nn.Module):
-        self.trainer, self.batch, self.model = trainer, batch, model
+        self.trainer, self.batch, self.model = trainer, in_loaders_memory(batch, trainer.args.device), model
         self.grid = tuple(batch["grid"])
         self.optimiser = self.new_optimiser()
 
@@ -46,8 +46,12 @@ class Arm(ABC):
         return cls(groups, **settings)
 
     def inputs(self) -> dict[str, Any]:
-        """Bring the batch to the device."""
-        return self.trainer._prepare_inputs(dict(self.batch))
+        """Bring the batch to the device, without waiting for it, as Accelerate's loader does in a training."""
+        device = self.trainer.args.device
+        return {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in self.batch.items()
+        }
 
     def teach(self, pixels: torch.Tensor) -> EncoderOutput:
         """Ask the teacher about the student's pixels B×3×H×W."""
@@ -123,7 +127,7 @@ class Ours(Arm):
         return loss.detach()
 
     def learn(self) -> torch.Tensor:
-        return self.trainer.training_step(self.wrapped, dict(self.batch))
+        return self.trainer.training_step(self.wrapped, self.inputs())
 
 
 class Floor(Arm):
@@ -150,6 +154,13 @@ class Floor(Arm):
             self._constant = [torch.full_like(view, 1e-6).detach() for view in views]
         torch.autograd.backward(views, self._constant)
         return views[0].new_zeros(())
+
+
+def in_loaders_memory(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch where the trainer's loader leaves one: in pinned memory for a GPU, which others wait to copy."""
+    if device.type != "cuda":
+        return batch
+    return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def two_views(

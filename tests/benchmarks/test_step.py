@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from gkd_hf.benchmarks import step, step_report
 from gkd_hf.benchmarks.step import StepSettings, arms_of, compare, kept_for_backward, parts_seconds
@@ -71,6 +74,51 @@ def test_a_step_in_parts_is_a_step() -> None:
                 torch.testing.assert_close(own, wanted, rtol=0, atol=2e-7)
 
 
+def test_an_arm_that_is_taken_away_frees_its_weights() -> None:
+    with arms_of(settings()) as arms:
+        weights = {name: weakref.ref(arm.model) for name, arm in arms.items() if name != "ours"}
+        assert set(weights) == {"reference", "floor"}
+        del arms["reference"], arms["floor"]
+        assert [each() for each in weights.values()] == [None, None]
+        assert arms["ours"].learn().isfinite()
+
+
+@pytest.mark.parametrize(
+    "device, peak",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_the_peak_is_that_of_the_whole_name(device: str, peak: int | None) -> None:
+    assert step.known_peak(device) == peak
+
+
+def test_the_profilers_own_wait_is_not_the_steps() -> None:
+    def event(name: str, start: int, end: int, device: DeviceType = DeviceType.CPU) -> SimpleNamespace:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=device)
+
+    events = [
+        event(step_report.STEP, 0, 10),
+        event(step_report.STEP, 10, 20),
+        event(step_report.STEP, 5, 40, DeviceType.CUDA),  # as the device sees it, later
+        event("cudaStreamSynchronize", 12, 13),
+        event("Memcpy DtoH (Device -> Pageable)", 30, 31, DeviceType.CUDA),
+        event("cudaDeviceSynchronize", 21, 40),
+    ]
+    assert step_report.calls_a_step(events) == {"cudaStreamSynchronize": 0.5, "Memcpy DtoH": 0.5}
+
+
 def script(*arguments: str) -> int:
     path = Path(__file__).parents[2] / "scripts" / "benchmark_step.py"
     spec = importlib.util.spec_from_file_location("benchmark_step", path)
@@ -105,6 +153,8 @@ def test_the_script_prints_a_table_and_json(
         (("--precision", "fp16"), "unknown precision 'fp16'"),
         (("--threads", "0"), "threads is 0"),
         (("--image-size", "30"), "30"),
+        (("--patch-size", "0"), "patch_size is 0"),
+        (("--patch-size", "-2"), "patch_size is -2"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
