@@ -19,6 +19,7 @@ import torch
 from gkd_hf.errors import InputError
 
 IGNORE_INDEX = 255
+_NEAR = 1024
 _PIECE = 32_768  # pixels counted at a time on a CPU: their pairs, 128 KiB, stay in a core's cache
 
 _DESCRIPTION = (
@@ -47,8 +48,8 @@ def confusion_counts(
 ) -> torch.Tensor:
     """Count how often each true class was predicted as each class.
 
-    On a CPU it is one pass, in pieces that stay in a core's cache. On a GPU everything stays there and one
-    number comes to the host: whether a value lies outside the classes.
+    On a CPU it is one pass, in pieces that stay in a core's cache. On a GPU everything stays there and the host waits
+    for one number: how many values lie outside the classes.
 
     Args:
         prediction: integer tensor of any shape, values 0..num_labels-1.
@@ -59,9 +60,15 @@ def confusion_counts(
         int64 tensor of shape num_labels×num_labels on `prediction`'s device: rows are truth, columns prediction.
 
     Raises:
-        InputError: the shapes differ, or a value lies outside the classes (the message names the values). An ignored
-            pixel is no excuse for a prediction outside the classes: no segmenter can produce one.
+        InputError: one of the two is of a floating type or boolean, the shapes differ, or a value lies outside the
+            classes (the message names the values). An ignored pixel is no excuse for a prediction outside the
+            classes: no segmenter can produce one.
     """
+    for what, labels in (("prediction", prediction), ("reference", reference)):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InputError(
+                f"The {what} has type {labels.dtype}; give class indices (the argmax), not scores or masks."
+            )
     if prediction.shape != reference.shape:
         raise InputError(
             f"Prediction of shape {tuple(prediction.shape)} and reference of shape {tuple(reference.shape)} differ; "
@@ -70,7 +77,8 @@ def confusion_counts(
     if not -65536 <= ignore_index <= 65535:
         raise InputError(f"ignore_index is {ignore_index}: give a label value within -65536..65535.")
     prediction, reference = prediction.flatten(), reference.to(prediction.device).flatten()
-    on_host = prediction.device.type == "cpu"
+    # The host's way keeps a row for every value up to the ignored one, and all of them should stay in the cache.
+    on_host = prediction.device.type == "cpu" and abs(ignore_index) < max(_NEAR, num_labels)
     counts = (_counts_on_host if on_host else _counts_on_device)(prediction, reference, num_labels, ignore_index)
     if counts is None:
         _require_classes(prediction.long(), num_labels, "prediction", "")
@@ -214,10 +222,9 @@ class MeanIoU(evaluate.Metric):
         """Count one H×W prediction against its reference."""
         if self._computed:
             self._start()
-        counts = confusion_counts(
-            _integers(prediction, "prediction"), _integers(reference, "reference"), self.num_labels, self.ignore_index
-        )
-        # Where the predictions are: the host waits for nothing until the figures are asked for.
+        counts = confusion_counts(_tensor(prediction), _tensor(reference), self.num_labels, self.ignore_index)
+        # Summed where the predictions are: of a pair on a GPU the host waits for one number alone, how many values
+        # lie outside the classes.
         self.confusion = self.confusion.to(counts.device) + counts
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
@@ -250,8 +257,5 @@ class MeanIoU(evaluate.Metric):
         return scores(self.confusion)
 
 
-def _integers(labels: Any, what: str) -> torch.Tensor:
-    labels = labels if isinstance(labels, torch.Tensor) else torch.from_numpy(np.asarray(labels))
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise InputError(f"The {what} has type {labels.dtype}; give class indices (the argmax), not scores or masks.")
-    return labels
+def _tensor(labels: Any) -> torch.Tensor:
+    return labels if isinstance(labels, torch.Tensor) else torch.from_numpy(np.asarray(labels))

@@ -148,9 +148,43 @@ def test_what_lies_outside_is_seen_on_a_gpu_too(prediction, truth):
 
 
 def test_no_pixels_and_an_impossible_ignore_index():
-    assert confusion_counts(torch.zeros(0, 3, dtype=torch.uint8), torch.zeros(0, 3), 2).tolist() == [[0, 0], [0, 0]]
+    assert confusion_counts(torch.zeros(0, 3, dtype=torch.uint8), torch.zeros(0, 3).long(), 2).tolist() == [
+        [0, 0],
+        [0, 0],
+    ]
     with pytest.raises(InputError, match="ignore_index is 2147483648"):
         confusion_counts(PREDICTION, TRUTH, 4, ignore_index=2**31)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "message"),
+    [
+        (torch.tensor([1.0, 0.0]), torch.tensor([1, 0]), "prediction has type torch.float32; give class indices"),
+        (torch.tensor([True, False]), torch.tensor([1, 0]), "prediction has type torch.bool"),
+        (torch.tensor([1, 0]), torch.tensor([1.0, 0.0]), "reference has type torch.float32"),
+        (torch.tensor([1, 0]), torch.tensor([True, False]), "reference has type torch.bool"),
+    ],
+)
+def test_what_is_no_class_index_is_refused(prediction, reference, message):
+    with pytest.raises(InputError, match=message):
+        confusion_counts(prediction, reference, 2)
+
+
+@pytest.mark.parametrize("ignore_index", [65535, -65536, 1024, -1024, 1023])
+def test_an_ignore_index_far_from_the_classes(ignore_index, monkeypatch):
+    rows = []
+    pairs = mean_iou._pairs
+    monkeypatch.setattr(mean_iou, "_pairs", lambda *given: rows.append(given[3]) or pairs(*given))
+    truth = torch.where(TRUTH == 255, ignore_index, TRUTH)
+    assert (
+        confusion_counts(PREDICTION, truth, 4, ignore_index).tolist()
+        == confusion_counts(PREDICTION, TRUTH, 4).tolist()
+    )
+    assert max(rows) <= 1024  # no table of a row for each value up to the ignored one
+    with pytest.raises(
+        InputError, match=f"reference holds the values 255, but the 4 classes are 0..3 or {ignore_index}"
+    ):
+        confusion_counts(PREDICTION, TRUTH, 4, ignore_index)
 
 
 def test_writes_no_file(tmp_path):
