@@ -20,7 +20,7 @@ import secrets
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,11 @@ class TokenStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Find the shards that were written since the last look; one that cannot be used is named in a warning."""
+        """Find the shards that were written since the last look; one that cannot be used is named in a warning.
+
+        Raises:
+            OSError: the folder is there and cannot be read.
+        """
         try:
             changed = self.folder.stat().st_mtime_ns
         except FileNotFoundError:
@@ -127,6 +131,10 @@ class TokenStore:
             if name not in self._known and not name.startswith(_TEMPORARY):
                 self._known.add(name)
                 self._include(self.folder / name)
+
+    def _look_again(self) -> None:
+        with contextlib.suppress(OSError):  # a folder that is away for once: its views are computed meanwhile
+            self.look()
 
     def _include(self, path: Path) -> None:
         try:
@@ -156,7 +164,7 @@ class TokenStore:
             hold no meaning.
         """
         if any(key not in self for key in keys):
-            self.look()
+            self._look_again()
         tokens = torch.empty(len(keys), 1 + num_patches, width, dtype=torch.bfloat16, pin_memory=pin)
         found = [self._fill(tokens[number], key) for number, key in enumerate(keys)]
         return found, tokens
@@ -186,7 +194,7 @@ class TokenStore:
     def prefetch(self, keys: Sequence[bytes]) -> None:
         """Ask the system to read the tokens of these views into its memory, and do not wait for it."""
         if any(key not in self for key in keys):
-            self.look()
+            self._look_again()
         for key in keys:
             if key in self._places and sys.platform == "linux":
                 number, row = self._places[key]
@@ -236,16 +244,35 @@ class TokenStore:
             self._write({key: tokens for key, tokens in self._pending.items() if tokens.shape == shape})
         self._pending, self._pending_bytes = {}, 0
 
+    def discard(self) -> None:
+        """Forget what was added since the last time that it was written."""
+        self._pending, self._pending_bytes = {}, 0
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file beside the shards, under its name once it is whole.
+
+        Raises:
+            InputError: as `flush`.
+        """
+        self._put(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
     def _write(self, views: dict[bytes, torch.Tensor]) -> None:
         rows = torch.stack(list(views.values()))
         keys = torch.frombuffer(bytearray(b"".join(views)), dtype=torch.uint8).view(len(views), KEY_BYTES)
         checksums = torch.tensor([_checksum(row) for row in rows], dtype=torch.int64)
         name = f"tokens-{self.writer}-{secrets.token_hex(8)}.safetensors"
-        temporary = self.folder / f"{_TEMPORARY}{name}"
+        tensors = {"keys": keys, "tokens": rows, "checksums": checksums}
+        self._put(name, lambda temporary: save_file(tensors, temporary))
+        self._known.add(name)
+        self._include(self.folder / name)
+
+    def _put(self, name: str, write: Callable[[Path], Any]) -> None:
+        # Processes on several hosts may place a file of one name at once: each writes its own.
+        temporary = self.folder / f"{_TEMPORARY}{secrets.token_hex(8)}-{name}"
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"keys": keys, "tokens": rows, "checksums": checksums}, temporary)
+            write(temporary)
             os.replace(temporary, self.folder / name)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -255,8 +282,6 @@ class TokenStore:
                 f"the teacher cache cannot be written to '{self.folder}' ({' '.join(reason.split())[:200]}): make "
                 "room there, give another folder, or leave teacher_cache out; the tokens that are there stay of use"
             ) from error
-        self._known.add(name)
-        self._include(self.folder / name)
 
     def clear_leftovers(self) -> None:
         """Remove what processes that were killed an hour ago or earlier were writing."""

@@ -138,11 +138,12 @@ class GKDDistillationTrainer(StreamTrainer):
             callbacks=[BeforeFirstStep(self._fit_standardisation), *(callbacks or [])],
             title=title,
         )
+        if args.teacher_cache is not None:
+            check_views(train_dataset)  # before the teachers' weights are hashed and folders made
         statistics = (student.config.image_mean, student.config.image_std)
         self._teaching = Teaching(self.teachers, args, *statistics, self.autocast)
         self.cache: CacheKeeper | None = None
         if self._teaching.caches:
-            check_views(train_dataset)
             self.cache = CacheKeeper(self._teaching.caches)
             self.add_callback(self.cache)
             self.data_collator = CachingCollator(self.data_collator, [each.store for each in self._teaching.caches])

@@ -9,13 +9,16 @@ them all and one that computes them all get the same numbers, bit for bit. A bat
 through the teacher whole, and only what is missing is taken from that, because the last bit of a token may hang on the
 size of the batch that it was computed in. So one process gives the same numbers again after a restart, too. Several
 processes that share a cache may meet a view between its computation and the writing of its shard; then it is computed
-again, in another batch, and may differ in the last of its 16 bits.
+again, in another batch, and may differ in the last of its 16 bits. So may what a full disk left no room for.
+
+A cache can never end a training that has begun: what cannot be written is told once, and nothing more is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gkd_hf.data.streaming import SampleStream
@@ -33,6 +37,8 @@ from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1  # of keys and shards: another one is another cache
 # They name or date a configuration and change nothing that it computes.
 _NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
@@ -41,10 +47,12 @@ _NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "to
 def teacher_identity(
     teacher: GKDTeacher, args: GKDDistillationArguments, image_mean: torch.Tensor, image_std: torch.Tensor
 ) -> dict[str, Any]:
-    """Return all but the pixels that decides a teacher's tokens, as plain values.
+    """Return what, besides the pixels, decides a teacher's tokens, as plain values.
 
     Weights by their digest, in the precision in which they are held; configuration, geometry, both normalisations;
-    precision, kind of device (the noise of erased pixels differs between them) and compilation of the training.
+    precision, TF32, kind of device (the noise of erased pixels differs between them) and compilation of the training;
+    attention implementation and the versions of torch and transformers, which round in their own ways. The model of
+    the GPU is not in it: another one may differ in the last bits.
 
     Args:
         teacher: as the training has prepared it.
@@ -67,6 +75,9 @@ def teacher_identity(
         "precision": "bf16" if args.bf16 else "fp32",
         "device": args.device.type,
         "compiled": args.torch_compile,
+        "tf32": args.tf32,
+        "attention": teacher.encoder.config._attn_implementation,
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
 
 
@@ -86,12 +97,14 @@ class TeacherCache:
 
     Attributes:
         seen, found: views that were asked for, and how many of them were there.
+        keeping: whether tokens that were computed are kept; no more once they could not be written.
     """
 
     def __init__(self, store: TokenStore, width: int):
         self.store = store
         self.width = width
         self.seen = self.found = 0
+        self.keeping = True
 
     def __call__(
         self,
@@ -105,9 +118,6 @@ class TeacherCache:
         Args:
             keys: of the views. grid: (h, w). device: where the tokens are wanted.
             compute: asks the teacher about the whole batch; called if any view is missing.
-
-        Raises:
-            InputError: what was computed cannot be written.
         """
         wanted = (keys, grid[0] * grid[1], self.width)
         pin = device.type == "cuda"
@@ -119,7 +129,7 @@ class TeacherCache:
             fresh = torch.cat([given.cls[:, None], given.patches], dim=1).to(torch.bfloat16).cpu()
             for key, known, row in zip(keys, found, fresh, strict=True):
                 if not known and row.isfinite().all():  # a teacher that overflowed once must not do so for ever
-                    self.store.add(key, row.clone())
+                    self._keep(key, row)
             # Read back, so that a view that is in the batch twice has one value, as it will have next time.
             found, tokens = self.store.read(*wanted, pin=pin)
             for number, known in enumerate(found):
@@ -127,6 +137,28 @@ class TeacherCache:
                     tokens[number] = fresh[number]
         tokens = tokens.to(device, non_blocking=True)
         return EncoderOutput(tokens[:, 0].float(), tokens[:, 1:].float(), grid)
+
+    def flush(self) -> None:
+        """Write what was computed; if that fails, warn, and keep nothing more."""
+        try:
+            self.store.flush()
+        except InputError as error:
+            self.stop_keeping(str(error))
+
+    def stop_keeping(self, why: str) -> None:
+        """Warn once, forget what is not written yet, and read only from now on."""
+        if self.keeping:
+            logger.warning("%s. The training goes on and keeps no more tokens.", why)
+        self.keeping = False
+        self.store.discard()
+
+    def _keep(self, key: bytes, row: torch.Tensor) -> None:
+        if not self.keeping:
+            return
+        try:
+            self.store.add(key, row.clone())
+        except InputError as error:
+            self.stop_keeping(str(error))
 
 
 def teacher_caches(
@@ -137,8 +169,10 @@ def teacher_caches(
 ) -> list[TeacherCache]:
     """Return a cache for each of a training's teachers under ``args.teacher_cache``, its identity written beside it.
 
+    A folder that is there and cannot be written is read all the same.
+
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be made, or not be read.
     """
     caches = []
     for teacher in teachers:
@@ -146,18 +180,21 @@ def teacher_caches(
         folder = cache_folder(args.teacher_cache, teacher, identity)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".identity-{os.getpid()}"
-            temporary.write_text(json.dumps({"teacher": teacher.called} | identity, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, folder / "identity.json")
+            store = TokenStore(folder, writer=str(args.process_index))
+            store.clear_leftovers()
+            store.look()
         except OSError as error:
             raise InputError(
-                f"the teacher cache cannot be written to '{folder}' ({error.strerror}): give a folder that can be, or "
-                "leave teacher_cache out"
+                f"the teacher cache '{folder}' can neither be made nor read ({error.strerror}): give a folder that "
+                "can be, or leave teacher_cache out"
             ) from error
-        store = TokenStore(folder, writer=str(args.process_index))
-        store.clear_leftovers()
-        store.look()
-        caches.append(TeacherCache(store, teacher.width))
+        cache = TeacherCache(store, teacher.width)
+        if not (folder / "identity.json").exists():
+            try:
+                store.write_text("identity.json", json.dumps({"teacher": teacher.called} | identity, indent=2) + "\n")
+            except InputError as error:
+                cache.stop_keeping(str(error))
+        caches.append(cache)
     return caches
 
 
@@ -194,7 +231,10 @@ class CachingCollator:
 
 
 class CacheKeeper(TrainerCallback):
-    """Writes what was computed before each checkpoint and at the end, so that a training that goes on finds it."""
+    """Writes what was computed before each checkpoint and at the end, so that a training that goes on finds it.
+
+    A write that fails stops neither checkpoint nor training, see `TeacherCache.flush`.
+    """
 
     def __init__(self, caches: Sequence[TeacherCache]):
         self.caches = tuple(caches)
@@ -215,7 +255,7 @@ class CacheKeeper(TrainerCallback):
 
     def _flush(self) -> None:
         for cache in self.caches:
-            cache.store.flush()
+            cache.flush()
 
     def told(self) -> str:
         """What the caches were good for, in one line."""

@@ -207,3 +207,26 @@ def test_more_shards_than_files_that_are_kept_open(tmp_path: Path, monkeypatch: 
     for _ in range(2):
         assert_holds(store, range(12))
     assert len(store._files) == 2
+
+
+def test_a_text_beside_the_shards_is_written_whole_and_its_leftovers_are_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [TokenStore(tmp_path) for _ in range(2)]
+    written = []
+
+    def killed(source: Path, target: Path) -> None:
+        written.append(source)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        for store in stores:  # of one process id, as on two hosts
+            with pytest.raises(KeyboardInterrupt):
+                store.write_text("identity.json", "{}")
+    assert len(set(written)) == len(list(tmp_path.iterdir())) == 2
+    for path in written:
+        os.utime(path, (0, 0))
+    stores[0].write_text("identity.json", "{}")
+    stores[0].clear_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["identity.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from dataclasses import replace
@@ -17,6 +18,7 @@ from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform
 from gkd_hf.data.views import view_keys
+from gkd_hf.distillation import token_store
 from gkd_hf.distillation.token_store import TokenStore
 from gkd_hf.models.encoders import EncoderOutput
 from gkd_hf.training.teacher_cache import TeacherCache, teacher_identity
@@ -171,16 +173,22 @@ def test_what_has_changed_is_never_taken_from_the_cache(change: str) -> None:
     assert (other_identity != identity) == (change in ("teacher", "weights", "geometry"))
 
 
-def test_the_training_itself_is_part_of_the_teachers_identity() -> None:
+def test_the_training_itself_is_part_of_the_teachers_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in STATISTICS)
     teacher = GKDTeacher(ENCODERS["dinov2"])
     args = GKDDistillationArguments("unused", use_cpu=True, max_steps=1)
     own = teacher_identity(teacher, args, mean, std)
     assert teacher_identity(teacher, args, mean + 0.01, std) != own
-    for changed in ({"bf16": True}, {"torch_compile": True}):
+    with monkeypatch.context() as other:
+        other.setattr(torch, "__version__", "0.1")
+        assert teacher_identity(teacher, args, mean, std) != own
+    for changed in ({"bf16": True}, {"torch_compile": True}, {"tf32": True}):
         other = replace(args)
         other.__dict__.update(changed)
         assert teacher_identity(teacher, other, mean, std) != own
+    assert own["attention"] in ("sdpa", "eager")
+    teacher.encoder.set_attn_implementation("eager" if own["attention"] == "sdpa" else "sdpa")
+    assert teacher_identity(teacher, args, mean, std) != own
 
 
 def test_a_resumed_training_gives_the_numbers_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -227,11 +235,77 @@ def test_tokens_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     assert b"b" * 16 not in cache.store
 
 
+def raise_no_room(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refuse_to_write(*args: Any) -> None:
+    raise InputError("the teacher cache cannot be written (Read-only file system)")
+
+
+@pytest.mark.parametrize("shard_bytes", [1, token_store.SHARD_BYTES], ids=["at each view", "at the checkpoint"])
+def test_a_full_disk_costs_the_cache_and_not_the_training(
+    shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trainer(tmp_path / "whole", tmp_path / "other")
+    whole.train()
+    made = trainer(tmp_path / "run", tmp_path / "cache", save_steps=2)
+    made._teaching.caches[0].store.shard_bytes = shard_bytes
+    monkeypatch.setattr(token_store, "save_file", raise_no_room)
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    told = [record.getMessage() for record in caplog.records if "teacher cache" in record.getMessage()]
+    assert len(told) == 1
+    assert "No space left on device" in told[0] and "goes on and keeps no more" in told[0]
+    assert "\n" not in told[0] and str(tmp_path / "cache") in told[0]
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert losses(made) == pytest.approx(losses(whole), rel=2**-8)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["identity.json"]
+    assert len(made._teaching.caches[0].store) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cold = trainer(tmp_path / "cold", tmp_path / "cache")
+    cold.train()
+    (folder,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(TokenStore, "_put", refuse_to_write)
+    with caplog.at_level(logging.WARNING):
+        warm = never_asked(trainer(tmp_path / "warm", tmp_path / "cache"))
+        warm.train()
+    assert losses(warm) == losses(cold)
+    assert "teacher cache" not in caplog.text  # it holds everything: nothing had to be written
+    (folder / "identity.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        again = trainer(tmp_path / "again", tmp_path / "cache")
+    assert caplog.text.count("Read-only file system") == 1
+    assert not again._teaching.caches[0].keeping
+    assert len(again._teaching.caches[0].store) == ROWS
+
+
+def test_a_full_disk_keeps_tokens_of_the_batch_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TeacherCache(TokenStore(tmp_path, shard_bytes=1), width=8)
+    kept = EncoderOutput(torch.zeros(1, 8), torch.zeros(1, 4, 8), (2, 2))
+    cache([b"k" * 16], (2, 2), torch.device("cpu"), lambda: kept)
+    monkeypatch.setattr(token_store, "save_file", raise_no_room)
+    given = EncoderOutput(torch.ones(2, 8), torch.ones(2, 4, 8), (2, 2))
+    for _ in range(2):
+        taken = cache([b"k" * 16, b"n" * 16], (2, 2), torch.device("cpu"), lambda: given)
+        assert torch.equal(taken.patches, torch.cat([kept.patches, given.patches[:1]]))
+    assert len(cache.store) == 1
+    assert caplog.text.count("No space left on device") == 1
+
+
 def test_what_a_cache_cannot_keep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="keeps the teacher's tokens of fixed views, and this stream shows a new"):
         trainer(tmp_path / "run", tmp_path / "cache", data=stream(views=None))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="the teacher cache cannot be written to '.*file.*Not a directory"):
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(InputError, match="the teacher cache '.*file.*' can neither be made nor read .Not a directory"):
         trainer(tmp_path / "run", tmp_path / "file")
     monkeypatch.setattr(GKDTeacher, "sharded", True)
     with pytest.raises(InputError, match="teacher_cache cannot keep the tokens of 'dinov2', which is shared out"):
