@@ -1,4 +1,9 @@
-"""A step asks the device for nothing: it runs on tensors without values, and brings it nothing but the batch."""
+"""Forward and backward ask the device for nothing: they run on tensors without values, and bring it no constants.
+
+That is shown on the device "meta", without random erasing, which it has no random numbers for, and without autocast,
+which does not reach it. Where there is a GPU, whole steps with both, and with the optimiser, are shown not to wait. Of
+logging it is shown only when it looks at the gradients' norm.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from gkd_hf import GKDDistillationArguments, GKDDistillationTrainer, GKDStudentModel, GKDTeacher
+from gkd_hf.benchmarks.step_arms import Ours
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform
@@ -38,8 +44,12 @@ class Crossings(TorchDispatchMode):
         return out
 
 
-def distillation(folder: Path, student: str, teacher: str, **settings: Any) -> GKDDistillationTrainer:
-    transform = DistillationTransform(SIZE, (0.5,) * 3, (0.25,) * 3, rand_augment=False, erase_probability=0.0)
+def distillation(
+    folder: Path, student: str, teacher: str, erase_probability: float = 0.0, **settings: Any
+) -> GKDDistillationTrainer:
+    transform = DistillationTransform(
+        SIZE, (0.5,) * 3, (0.25,) * 3, rand_augment=False, erase_probability=erase_probability
+    )
     stream = SampleStream(
         toy_city("clear_day", BATCH, size=SIZE, seed=0), transform, seed=0, micro_batch_size=BATCH, domain="toy_city"
     )
@@ -67,9 +77,10 @@ def batch_on_meta(trainer: GKDDistillationTrainer) -> dict[str, Any]:
     "student, teacher, bf16",
     [("vit", "dinov2", False), ("vit", "dinov2", True), ("resnet", "dinov2", False), ("swin", "dinov2", False)],
 )
-def test_a_step_neither_waits_for_the_device_nor_brings_it_constants(
+def test_forward_and_backward_neither_wait_for_the_device_nor_bring_it_constants(
     student: str, teacher: str, bf16: bool, tmp_path: Path
 ) -> None:
+    """Of bf16 this sees the teacher's weights and tokens alone."""
     trainer = trainer_on_meta(tmp_path, student, teacher, bf16=bf16)
     batch = batch_on_meta(trainer)
     trainer.pixels(batch)  # the first brings what every later one finds
@@ -79,6 +90,25 @@ def test_a_step_neither_waits_for_the_device_nor_brings_it_constants(
             loss.backward()
     assert crossings.seen == []
     assert loss.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_whole_step_with_erasing_does_not_wait_for_cuda(bf16: bool, tmp_path: Path) -> None:
+    trainer = distillation(tmp_path, "vit", "dinov2", erase_probability=1.0, use_cpu=False, bf16=bf16)
+    samples = iter(trainer.train_dataset)
+    batch = trainer.data_collator([next(samples) for _ in range(BATCH)])
+    assert any(part is not None for part in batch["erasing"])
+    arm = Ours(trainer, batch)
+    arm.step()  # makes what every later one finds
+    before = [each.detach().clone() for each in arm.model.parameters()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            arm.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any(not torch.equal(own, was) for own, was in zip(arm.model.parameters(), before, strict=True))
 
 
 def test_a_question_to_the_device_would_be_seen(tmp_path: Path) -> None:
