@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedConfig
 
 from gkd_hf.benchmarks.timing import ratio, timed_in_turn
 from gkd_hf.data.domains import label_space
 from gkd_hf.data.label_maps import label_map
-from gkd_hf.data.loader_benchmark import rendered, write_pairs
+from gkd_hf.data.loader_benchmark import write_pairs
+from gkd_hf.data.rows import ShardRows
 from gkd_hf.data.shards import open_rows
 from gkd_hf.data.streaming import EvaluationSet
-from gkd_hf.data.toy_city import CLASSES
+from gkd_hf.data.toy_city import CLASSES, render
 from gkd_hf.data.transforms import EvaluationTransform
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.mean_iou import IGNORE_INDEX, confusion_counts
@@ -29,6 +32,9 @@ from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation
 from gkd_hf.training.arguments import GKDSegmentationArguments
 from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 
+LABEL_SIZE, TEST_SIZE = (2048, 1024), (1024, 512)
+"""Width and height of an image and its label as stored, and of the image as it is segmented: those of Cityscapes."""
+_ENLARGED = 4
 _RESNET = {"model_type": "resnet", "embedding_size": 64}
 STUDENTS: dict[str, dict[str, Any]] = {
     "resnet-18": _RESNET | {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
@@ -50,7 +56,8 @@ class EvaluationSettings:
 
     Args:
         student: a name of `STUDENTS`; its weights are random, its head linear. classes: number of its classes.
-        images: of 1024×512 pixels, in all. rounds: parts that they are evaluated in, in turn with the bare forward.
+        images: of 2048×1024 pixels with labels of that size, in all; segmented at 1024×512, as Cityscapes is.
+        rounds: parts that they are evaluated in, none twice, in turn with the bare forward.
         workers: processes that read them. window, stride: in pixels. window_batch_size: windows in a forward.
         precision: "fp32", or "bf16" (autocast). device: "cpu" or "cuda".
 
@@ -78,8 +85,12 @@ class EvaluationSettings:
             raise InputError(f"{self.images} images in {self.rounds} rounds: give a multiple of the rounds")
         if self.workers < 0 or self.classes < len(CLASSES):
             raise InputError(f"{self.workers} workers, {self.classes} classes: 0 or more, {len(CLASSES)} or more")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device is cuda, and torch sees none here: give cpu")
+        _require_device(self.device)
+
+
+def _require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, and torch sees none here: give cpu")
 
 
 def counted_by_histograms(
@@ -118,12 +129,18 @@ def measure_metric(
 ) -> dict[str, Any]:
     """Time one pair of int64 maps: by histograms in numpy, and `confusion_counts` (also of uint8 references).
 
+    The histograms are numpy's, which has one thread on the CPU; ours takes all of torch's threads, or the GPU.
+
     Returns:
         ``speedup``: histograms / ours. ``equal``: whether intersections and unions are the same numbers. ``*_ms``.
 
     Raises:
-        InputError: a size or a number of classes below 1.
+        InputError: a size or a number of classes below 1, more classes than uint8 labels can tell from ignored ones,
+            or no such device.
     """
+    _require_device(device)
+    if num_labels > IGNORE_INDEX:
+        raise InputError(f"classes is {num_labels}: give at most {IGNORE_INDEX}, as uint8 labels hold no more")
     if min(height, width, num_labels) < 1:
         raise InputError(f"a pair of {height}×{width} pixels with {num_labels} classes: all must be 1 or more")
     prediction, truth = label_pair(height, width, num_labels)
@@ -169,7 +186,8 @@ def measure_evaluation(
 ) -> dict[str, Any]:
     """Time `GKDSegmentationTrainer.evaluate_domains` on rendered street scenes against the bare forward of its model.
 
-    The forward has the same windows in the same batches, already on its device.
+    The evaluation reads, decodes and resizes images, segments them, resizes the scores to the labels' size, twice the
+    images' each way, and counts there. The forward has the same windows in the same batches, already on its device.
 
     Args:
         told: called with a line where something takes long.
@@ -179,9 +197,11 @@ def measure_evaluation(
     """
     model = segmenter(STUDENTS[settings.student], settings.classes)
     part = settings.images // settings.rounds
+    seconds: dict[str, list[float]] = {"evaluation": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
-        told(f"rendering {settings.images} images of 1024×512")
-        write_pairs(rendered(settings.images), folder)
+        told(f"rendering {settings.images} images")
+        write_pairs(_street_scenes(settings.images), folder)
+        rows = open_rows(folder, "train")
         arguments = GKDSegmentationArguments(
             folder,
             max_steps=1,
@@ -196,18 +216,21 @@ def measure_evaluation(
         )
         trainer = GKDSegmentationTrainer(model, arguments, train_dataset=[])
         model.to(arguments.device).eval()
-        images = _evaluation_set(folder, model.config, part)
-        windows = _windows(images, settings, arguments.per_device_eval_batch_size)
         told(f"evaluating {settings.rounds} × {part} images and forwarding their windows, in turn")
-        seconds = timed_in_turn(
-            {
-                "evaluation": lambda: trainer.evaluate_domains({"toy_city": images}, examples=0),
-                "forward": lambda: _forward(trainer, model, windows),
-            },
-            rounds=settings.rounds,
-            warmup=0,
-            device=settings.device,
-        )
+        for turn in range(settings.rounds):
+            images = _evaluation_set(rows.subset(np.arange(turn * part, (turn + 1) * part)), model.config)
+            # Those of one round at a time: of all of them there would be gigabytes.
+            windows = _windows(images, settings, arguments.per_device_eval_batch_size)
+            if turn == 0:
+                _forward(trainer, model, windows[:1])  # the first one sets up what later ones find
+            arms = {
+                "evaluation": partial(trainer.evaluate_domains, {"toy_city": images}, examples=0),
+                "forward": partial(_forward, trainer, model, windows),
+            }
+            if turn % 2:
+                arms = dict(reversed(arms.items()))
+            for name, times in timed_in_turn(arms, rounds=1, warmup=0, device=settings.device).items():
+                seconds[name] += times
     evaluation, forward = (sum(seconds[name]) for name in ("evaluation", "forward"))
     return {
         "evaluation_over_forward": ratio(seconds["evaluation"], seconds["forward"]),
@@ -217,14 +240,25 @@ def measure_evaluation(
     }
 
 
-def _evaluation_set(folder: str, config: GKDStudentConfig, images: int) -> EvaluationSet:
+def _street_scenes(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ``count`` pictures of 2048×1024 pixels with labels: two scenes of the toy city, enlarged.
+
+    To render them at that size would take longer than all that is measured.
+    """
+    side = LABEL_SIZE[1] // _ENLARGED
+    for start in range(0, 2 * count, 2):
+        scenes, labels = render("clear_day", 2, size=side, start=start)
+        picture = Image.fromarray(np.hstack(scenes)).resize(LABEL_SIZE, Image.Resampling.BILINEAR)
+        yield np.asarray(picture), np.hstack(labels).repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
+
+
+def _evaluation_set(rows: ShardRows, config: GKDStudentConfig) -> EvaluationSet:
     return EvaluationSet(
-        open_rows(folder, "train"),
-        EvaluationTransform(config.image_mean, config.image_std),
+        rows,
+        EvaluationTransform(config.image_mean, config.image_std, size=TEST_SIZE),
         label_map=label_map("identity", len(CLASSES)),
         label_space=label_space("toy_city"),
         domain="toy_city",
-        limit=images,
     )
 
 

@@ -30,17 +30,34 @@ def test_metric_is_measured_with_its_result():
     assert found["equal"] and found["ours_ms"] > 0 and found["speedup"] > 0
     with pytest.raises(InputError, match="a pair of 0×4 pixels"):
         metric.measure_metric(0, 4)
+    with pytest.raises(InputError, match="classes is 256: give at most 255"):
+        metric.measure_metric(4, 4, 256)
 
 
 def test_an_evaluation_is_measured_on_the_windows_that_it_forwards(monkeypatch):
     tiny = {"model_type": "resnet", "embedding_size": 8, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}
     monkeypatch.setitem(metric.STUDENTS, "tiny", tiny | {"layer_type": "basic"})
-    shapes = []
+    evaluated, forwarded, evaluate_domains = [], [], metric.GKDSegmentationTrainer.evaluate_domains
+
+    def evaluate(trainer, sets, examples):
+        evaluated.append(list(sets["toy_city"]))
+        (result,) = evaluate_domains(trainer, sets, examples=examples).values()
+        assert result.images == 2 and result.confusion.sum() == 2 * 1024 * 2048  # counted at the label's size
+
+    monkeypatch.setattr(metric.GKDSegmentationTrainer, "evaluate_domains", evaluate)
     forward = metric._forward
-    monkeypatch.setattr(metric, "_forward", lambda *given: shapes.extend(w.shape for w in given[2]) or forward(*given))
-    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=2, rounds=1, workers=0))
-    assert shapes == [torch.Size([4, 3, 512, 512]), torch.Size([2, 3, 512, 512])]  # three of each image
-    assert found["evaluation_over_forward"] > 0 and found["images_per_s"] == pytest.approx(2 / found["evaluation_s"])
+    monkeypatch.setattr(metric, "_forward", lambda *given: forwarded.append(given[2]) or forward(*given))
+    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=4, rounds=2, workers=0))
+    ids = [sample["id"] for samples in evaluated for sample in samples]
+    assert len(ids) == len(set(ids)) == 4 and len(evaluated) == 2  # each round has images of its own
+    for samples in evaluated:
+        assert {sample["labels"].shape for sample in samples} == {torch.Size([1024, 2048])}
+        assert {sample["pixel_values"].shape for sample in samples} == {torch.Size([3, 512, 1024])}
+    _, *rounds = forwarded  # the first sets up
+    for samples, windows in zip(evaluated, rounds, strict=True):
+        crops = [sample["pixel_values"][:, :, left : left + 512] for sample in samples for left in (0, 341, 512)]
+        assert [len(batch) for batch in windows] == [4, 2] and torch.equal(torch.cat(windows), torch.stack(crops))
+    assert found["evaluation_over_forward"] > 0 and found["images_per_s"] == pytest.approx(4 / found["evaluation_s"])
 
 
 @pytest.mark.parametrize(
