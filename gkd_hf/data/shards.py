@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FOOTERS_AT_ONCE = 8
+_READ_RETRIES = 3
 
 Rows: TypeAlias = "ShardRows | datasets.IterableDataset"
 Item = TypeVar("Item")
@@ -109,6 +110,18 @@ def readable(rows: Iterable[Item], where: str) -> Iterator[Item]:
         raise InputError(
             f"{where}: the data cannot be read on ({reason}); check the shards or the connection"
         ) from error
+
+
+def limit_read_retries() -> None:
+    """Have datasets give up reading streamed rows after three tries, in this process.
+
+    They are for each read of a file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are many
+    minutes in which a run that will not go on does not end. Whoever reads calls this: a worker that is spawned knows
+    nothing of what its parent has set.
+    """
+    import datasets
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = min(datasets.config.STREAMING_READ_MAX_RETRIES, _READ_RETRIES)
 
 
 def is_hub_id(location: str) -> bool:
@@ -226,9 +239,7 @@ def _stream(files: HubFiles, split: str, columns: Sequence[str]) -> datasets.Ite
         raise InputError(_cannot_open(location, split, why))
     import datasets
 
-    # For each read of a streamed file, on top of the tries of the Hub's client; datasets logs them. Its own 20 are
-    # many minutes in which a run that will not go on does not end.
-    datasets.config.STREAMING_READ_MAX_RETRIES = 3
+    limit_read_retries()
     rows = _from_hub(
         files,
         split,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch.utils.data
 
 from gkd_hf.data.bad_rows import row_identity
-from gkd_hf.data.shards import readable
+from gkd_hf.data.shards import limit_read_retries, readable
 from gkd_hf.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class StreamedOrder:
             self._num_rows = count
 
     def _tables(self, rows: datasets.IterableDataset) -> Iterator[pa.Table]:
+        limit_read_retries()
         # `iter` (unlike `__iter__`) does not split the rows between DataLoader workers.
         tables = rows.with_format("arrow").iter(batch_size=_READ_ROWS)
         yield from readable(tables, f"domain '{self._name}'")

@@ -215,7 +215,7 @@ def _stage_lines(
             )
         if steps is not None and stage.query_warmup_steps >= steps and recipe.method == "gkd":
             lines.append("  NOTE: the stage ends before its query branches begin: it is trained as method mse")
-        lines += _view_lines(stage, images, student, teachers)
+        lines += _view_lines(stage, images, steps, student, teachers)
         frozen = "the teacher" if len(teachers) == 1 else "the teachers"
         lines.append(f"  trainable: {_distillation_parameters(recipe, stage, student, teachers)}; frozen: {frozen}")
     else:
@@ -225,9 +225,13 @@ def _stage_lines(
 
 
 def _view_lines(
-    stage: DistillationRecipe, images: int | None, student: PlannedEncoder, teachers: list[PlannedEncoder]
+    stage: DistillationRecipe,
+    images: int | None,
+    steps: int | None,
+    student: PlannedEncoder,
+    teachers: list[PlannedEncoder],
 ) -> list[str]:
-    """Fixed views, and what keeping the teachers' tokens of all of them takes on disk."""
+    """Fixed views, what keeping the teachers' tokens of all of them takes on disk, and whether any comes back."""
     if stage.views is None:
         return []
     lines = [f"  views: {stage.views} fixed one(s) of each image, in turn from pass to pass"]
@@ -240,7 +244,21 @@ def _view_lines(
         height, width = common_grid(*adapters[:2], stage.image_size)
         each = sum(token_bytes(height * width, adapter.width) for adapter in adapters[1:])
         size = f"{each * images * stage.views / 1e9:.3g} GB = {each / 1e6:.3g} MB × {images:,} images × {stage.views}"
-    return [*lines, f"  teacher cache: {stage.teacher_cache}, {size}, once every view was seen"]
+    lines.append(f"  teacher cache: {stage.teacher_cache}, {size}, once every view was seen")
+    if images is None or steps is None:
+        return lines
+    passes = steps * stage.batch_size / images
+    # Whole steps: as many epochs as there are views may reach over their end by less than a batch.
+    if stage.batch_size * (steps - 1) < images * stage.views:
+        lines.append(
+            f"  NOTE: {passes:.3g} passes over {stage.views} view(s) see none of them twice: this stage finds nothing "
+            "in its cache unless an earlier one kept it; give fewer views or more epochs"
+        )
+    else:
+        lines.append(
+            f"    each view is seen {passes / stage.views:.3g} times; the first computes, so the cache pays from 2 on"
+        )
+    return lines
 
 
 def _check_one_stage(

@@ -41,6 +41,15 @@ def test_the_buffer_is_bounded_in_bytes(monkeypatch):
     assert order != plain
 
 
+@pytest.mark.parametrize(("own", "used"), [(20, 3), (1, 1)])
+def test_whoever_reads_does_not_try_for_many_minutes(own: int, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 is what a worker that was spawned starts with."""
+    stream = make_stream(streamed(10))
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", own)
+    first(stream, 1)
+    assert used == datasets.config.STREAMING_READ_MAX_RETRIES
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("num_rows", [None, 10])
 def test_resuming_continues_exactly(workers, num_rows):

@@ -83,6 +83,23 @@ def test_the_plan_tells_the_size_of_the_cache(tmp_path: Path) -> None:
     assert "views" not in plan(recipe(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_steps": 4}, "NOTE: 2 passes over 2 view(s) see none of them twice"),
+        ({"max_steps": 5}, "each view is seen 1.25 times"),
+        ({"max_steps": 12}, "each view is seen 3 times; the first computes, so the cache pays from 2 on"),
+        ({"max_steps": None, "epochs": 2}, "NOTE: 2 passes over 2 view(s) see none of them twice"),
+        ({"max_steps": None, "epochs": 8}, "each view is seen 4 times"),
+    ],
+)
+def test_the_plan_tells_how_often_a_view_comes_back(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    text = plan(recipe(tmp_path, views=2, teacher_cache="/data/tokens", **changes))
+    assert told in text
+    assert ("NOTE" in text) != ("each view is seen" in text)
+    assert "is seen" not in plan(recipe(tmp_path, views=2, **changes))
+
+
 def test_a_second_run_finds_what_the_first_one_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, found in (("first", "8 of 16"), ("second", "16 of 16")):
         run(recipe(tmp_path / name, views=1, teacher_cache=str(tmp_path / "cache")))
