@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gkd_hf.data.views import KEY_BYTES
+from gkd_hf.distillation.token_places import TokenPlaces
 from gkd_hf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class _Shard:
 class TokenStore:
     """The tokens that one teacher gave, in one folder.
 
-    Pickling carries the folder alone; what is unpickled looks at the shards for itself. About 250 bytes of memory for
-    each view that is known.
+    Pickling carries the folder alone; what is unpickled looks at the shards for itself. Memory, in each process
+    and each of its loader's workers: 32 bytes for each view that is known, and some 250 for each of the 65,536 (or one
+    in 32, if that is more) that came last.
 
     Args:
         folder: made when the first shard is written.
@@ -83,7 +85,7 @@ class TokenStore:
         self._looked_at: int | None = None
         self._known: set[str] = set()
         self._shards: list[_Shard] = []
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._places = TokenPlaces()
         self._pending: dict[bytes, torch.Tensor] = {}
         self._pending_bytes = 0
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -144,9 +146,8 @@ class TokenStore:
             return
         number = len(self._shards)
         self._shards.append(shard)
-        for row, key in enumerate(keys):
-            # The first shard that has a view keeps it, so that every process reads the same numbers.
-            self._places.setdefault(key, (number, row))
+        # The first shard that has a view keeps it, so that every process reads the same numbers.
+        self._places.add(keys, number)
 
     def _warn(self, path: Path, why: str) -> None:
         logger.warning("%s is damaged (%s): its tokens are computed again. Remove the file.", path, why[:200])
@@ -173,9 +174,10 @@ class TokenStore:
         if key in self._pending:
             out.copy_(self._pending[key])
             return True
-        if key not in self._places:
+        place = self._places.get(key)
+        if place is None:
             return False
-        number, row = self._places[key]
+        number, row = place
         shard = self._shards[number]
         if shard.shape[1:] != tuple(out.shape):
             return False
@@ -196,8 +198,9 @@ class TokenStore:
         if any(key not in self for key in keys):
             self._look_again()
         for key in keys:
-            if key in self._places and sys.platform == "linux":
-                number, row = self._places[key]
+            place = self._places.get(key)
+            if place is not None and sys.platform == "linux":
+                number, row = place
                 shard = self._shards[number]
                 with contextlib.suppress(OSError):  # who reads them tells what is wrong
                     begin = shard.begin + row * shard.row_bytes
@@ -217,7 +220,7 @@ class TokenStore:
     def _drop(self, number: int, why: str) -> None:
         """Use a shard no more: what is damaged in one place is not to be trusted in another."""
         self._warn(self._shards[number].path, why)
-        self._places = {key: place for key, place in self._places.items() if place[0] != number}
+        self._places.drop(number)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -291,7 +294,7 @@ class TokenStore:
                     path.unlink()
 
 
-def _described(path: Path) -> tuple[_Shard, list[bytes]]:
+def _described(path: Path) -> tuple[_Shard, bytes]:
     """Read a shard's header, keys and checksums; raises one of several errors where they are not as they should be."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -311,7 +314,7 @@ def _described(path: Path) -> tuple[_Shard, list[bytes]]:
     if kinds != ["U8", "BF16", "I64"] or [len(keys), end - begin, len(checksums)] != expected:
         raise ValueError("its tensors are not those of a teacher cache")
     shard = _Shard(path, first + begin, (count, tokens, width), np.frombuffer(checksums, dtype="<i8"))
-    return shard, [keys[place : place + KEY_BYTES] for place in range(0, len(keys), KEY_BYTES)]
+    return shard, keys
 
 
 def _small(file: Any, first: int, entry: dict[str, Any]) -> bytes:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gkd_hf.distillation import token_store
+from gkd_hf.distillation import token_places, token_store
+from gkd_hf.distillation.token_places import TokenPlaces
 from gkd_hf.distillation.token_store import TokenStore, token_bytes
 from gkd_hf.errors import InputError
 
@@ -230,3 +231,24 @@ def test_a_text_beside_the_shards_is_written_whole_and_its_leftovers_are_cleared
     stores[0].write_text("identity.json", "{}")
     stores[0].clear_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["identity.json"]
+
+
+def test_places_are_those_of_a_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of few different bytes, zeros and high ones among them, so that many begin or end alike."""
+    monkeypatch.setattr(token_places, "_UNSORTED", 50)
+    generator = torch.Generator().manual_seed(0)
+    places, expected = TokenPlaces(), {}
+    for shard in range(40):
+        digits = torch.randint(3, (17, 6), generator=generator).tolist()
+        keys = [bytes([0, 255, 7][digit] for digit in row) + bytes(10) for row in digits]
+        places.add(b"".join(keys), shard)
+        for row, each in enumerate(keys):
+            expected.setdefault(each, (shard, row))
+        if shard == 30:
+            places.drop(3)
+            expected = {each: place for each, place in expected.items() if place[0] != 3}
+    assert len(places._keys) > 100
+    assert len(places) == len(expected)
+    assert {each: places.get(each) for each in expected} == expected
+    assert bytes([1] * 16) not in places
+    assert places.get(bytes([255] * 16)) is None
