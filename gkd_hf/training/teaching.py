@@ -65,7 +65,7 @@ class Teaching:
         autocast: gives the context in which models compute in the training's precision.
 
     Raises:
-        InputError: a teacher whose weights are bf16 already, in a training in fp32; a cache that cannot be written,
+        InputError: a teacher whose weights are bf16 already, in a training in fp32; a cache whose folder can neither be made nor read,
             or of a teacher that is shared out.
 
     Attributes:
