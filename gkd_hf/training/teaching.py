@@ -65,8 +65,8 @@ class Teaching:
         autocast: gives the context in which models compute in the training's precision.
 
     Raises:
-        InputError: a teacher whose weights are bf16 already, in a training in fp32; a cache whose folder can neither be made nor read,
-            or of a teacher that is shared out.
+        InputError: a teacher whose weights are bf16 already, in a training in fp32; a cache whose folder can neither
+            be made nor read, or of a teacher that is shared out.
 
     Attributes:
         caches: of each teacher's tokens; empty unless the arguments ask for them.
