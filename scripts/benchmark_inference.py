@@ -27,10 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
 
-import torch
-
 from gkd_hf.benchmarks.inference import InferenceSettings, measure, table
 from gkd_hf.benchmarks.inference_arms import PRESETS
+from gkd_hf.benchmarks.timing import use_threads
 from gkd_hf.errors import InputError, refused
 
 
@@ -85,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for wrong input."""
     options = vars(parse(argv))
     try:
-        if options["threads"] < 1:
-            raise InputError(f"threads is {options['threads']}: give 1 or more")
-        torch.set_num_threads(options["threads"])
+        use_threads(options["threads"])
         settings = InferenceSettings(**{field.name: options[field.name] for field in fields(InferenceSettings)})
         result = measure(settings)
     except InputError as error:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs 
 import torch
 
 from gkd_hf.benchmarks.metric import STUDENTS, EvaluationSettings, measure_evaluation, measure_metric
-from gkd_hf.benchmarks.timing import machine
+from gkd_hf.benchmarks.timing import machine, use_threads
 from gkd_hf.errors import InputError, refused
 
 
@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     result = {}
     try:
-        if options.threads < 1:
-            raise InputError(f"threads is {options.threads}: give 1 or more")
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         evaluated, given = options.only != "metric", vars(options)
         wanted = {f.name: given[f.name] for f in fields(EvaluationSettings) if f.name in given}
         settings = EvaluationSettings(**wanted) if evaluated else None  # refused before anything is measured
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {name:<12} {result[f'{name}_ms']:8.2f} ms  ({where})")
             print(f"  speedup {result['speedup']:.1f}, equal: {result['equal']}")
         if settings is not None:
-            result |= measure_evaluation(settings, lambda line: print(line, file=sys.stderr, flush=True))
+            result |= measure_evaluation(settings)
             print(f"{settings.images} images of 2048×1024 at 1024×512, {settings.student}, {settings.precision}:")
             for name in ("evaluation", "forward"):
                 print(f"  {name:<12} {result[f'{name}_s']:8.2f} s")

@@ -29,11 +29,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
 
-import torch
-
 from gkd_hf.benchmarks import cache
 from gkd_hf.benchmarks.step import PRESETS, StepSettings, measure
 from gkd_hf.benchmarks.step_report import profiled, table
+from gkd_hf.benchmarks.timing import use_threads
 from gkd_hf.errors import InputError, refused
 
 
@@ -61,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for wrong input."""
     options = vars(parser().parse_args(argv))
     try:
-        if options["threads"] < 1:
-            raise InputError(f"threads is {options['threads']}: give 1 or more")
-        torch.set_num_threads(options["threads"])
+        use_threads(options["threads"])
         settings = StepSettings(**{field.name: options[field.name] for field in fields(StepSettings)})
         result = measure(settings)
         print(table(result))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gkd_hf.benchmarks.inference_arms import Forward, build, forwards
-from gkd_hf.benchmarks.timing import machine, ratio, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, machine, ratio, say, timed_in_turn
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.sliding_window import best_class, predict_labels, resize
 from gkd_hf.training.live_memory import LiveMemory
@@ -56,16 +56,13 @@ class InferenceSettings:
                 raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
         if self.stride > self.window:
             raise InputError(f"stride is {self.stride}: give at most the window, {self.window}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is '{self.precision}': fp32 or bf16")
-        if self.device not in ("cpu", "cuda"):
-            raise InputError(f"device is '{self.device}': cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("there is no CUDA device here: leave --device cuda out")
+        check_device(self.device, self.precision)
 
 
-def measure(settings: InferenceSettings) -> dict[str, Any]:
+def measure(settings: InferenceSettings, tell: Callable[[str], None] = say) -> dict[str, Any]:
     """Time the ways of segmenting in turn, then measure memory; return figures ready for JSON.
+
+    ``tell`` is given a line about each thing that begins.
 
     ``latency_ms``, ``images_per_s``, ``peak_mb`` and ``bound_mb`` are of eager torch with batched windows; "…_by_arm"
     tells all arms. A ratio that needs an arm which was skipped is None, and ``skipped`` says why.
@@ -76,12 +73,15 @@ def measure(settings: InferenceSettings) -> dict[str, Any]:
     images = torch.randn(settings.images, 3, *settings.image_size, generator=generator).to(device)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         crops = torch.zeros(settings.batch_size, 3, settings.window, settings.window, device=device)
+        tell("compiling, and exporting to ONNX")
         ways, skipped = forwards(model, settings.precision, settings.window, crops, Path(folder))
         arms = {"one by one": (ways["eager"], 1)}
         arms |= {name: (forward, settings.batch_size) for name, forward in ways.items()}
         found = {name: _segment(settings, *arm, images[:1]) for name, arm in arms.items()}
+        tell(f"{settings.rounds} rounds of {', '.join(arms)}: one image, then {settings.images}")
         one = _timed(settings, arms, images[:1])
         many = _timed(settings, arms, images)
+        tell("counting memory; taking the best class by tiles")
         memory = memory_of(settings, ways["eager"], [*model.parameters(), *model.buffers()], device)
         tiles = tiles_against_plain(settings, model.config.num_labels, device)
     return {

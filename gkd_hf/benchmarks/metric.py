@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from gkd_hf.benchmarks.timing import ratio, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, ratio, say, timed_in_turn
 from gkd_hf.data.domains import label_space
 from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.loader_benchmark import write_pairs
@@ -79,18 +79,11 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.student not in STUDENTS:
             raise InputError(f"student is '{self.student}': choose from {', '.join(STUDENTS)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is '{self.precision}': choose fp32 or bf16")
         if self.rounds < 1 or self.images < self.rounds or self.images % self.rounds:
             raise InputError(f"{self.images} images in {self.rounds} rounds: give a multiple of the rounds")
         if self.workers < 0 or self.classes < len(CLASSES):
             raise InputError(f"{self.workers} workers, {self.classes} classes: 0 or more, {len(CLASSES)} or more")
-        _require_device(self.device)
-
-
-def _require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is cuda, and torch sees none here: give cpu")
+        check_device(self.device, self.precision)
 
 
 def counted_by_histograms(
@@ -138,7 +131,7 @@ def measure_metric(
         InputError: a size or a number of classes below 1, more classes than uint8 labels can tell from ignored ones,
             or no such device.
     """
-    _require_device(device)
+    check_device(device)
     if num_labels > IGNORE_INDEX:
         raise InputError(f"classes is {num_labels}: give at most {IGNORE_INDEX}, as uint8 labels hold no more")
     if min(height, width, num_labels) < 1:
@@ -181,16 +174,14 @@ def segmenter(config: Mapping[str, Any] | PreTrainedConfig, classes: int) -> GKD
     )
 
 
-def measure_evaluation(
-    settings: EvaluationSettings, told: Callable[[str], object] = lambda line: None
-) -> dict[str, Any]:
+def measure_evaluation(settings: EvaluationSettings, tell: Callable[[str], None] = say) -> dict[str, Any]:
     """Time `GKDSegmentationTrainer.evaluate_domains` on rendered street scenes against the bare forward of its model.
 
     The evaluation reads, decodes and resizes images, segments them, resizes the scores to the labels' size, twice the
     images' each way, and counts there. The forward has the same windows in the same batches, already on its device.
 
     Args:
-        told: called with a line where something takes long.
+        tell: called with a line where something takes long.
 
     Returns:
         ``evaluation_over_forward``: the median over the rounds. ``images_per_s``, ``evaluation_s``, ``forward_s``.
@@ -199,7 +190,7 @@ def measure_evaluation(
     part = settings.images // settings.rounds
     seconds: dict[str, list[float]] = {"evaluation": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
-        told(f"rendering {settings.images} images")
+        tell(f"rendering {settings.images} images")
         write_pairs(_street_scenes(settings.images), folder)
         rows = open_rows(folder, "train")
         arguments = GKDSegmentationArguments(
@@ -216,7 +207,7 @@ def measure_evaluation(
         )
         trainer = GKDSegmentationTrainer(model, arguments, train_dataset=[])
         model.to(arguments.device).eval()
-        told(f"evaluating {settings.rounds} × {part} images and forwarding their windows, in turn")
+        tell(f"evaluating {settings.rounds} × {part} images and forwarding their windows, in turn")
         for turn in range(settings.rounds):
             images = _evaluation_set(rows.subset(np.arange(turn * part, (turn + 1) * part)), model.config)
             # Those of one round at a time: of all of them there would be gigabytes.

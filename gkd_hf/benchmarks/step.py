@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gkd_hf.benchmarks.step_arms import Arm, Floor, Ours, Reference, frozen_batch_norms
-from gkd_hf.benchmarks.timing import machine, ratio, synchronise, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, machine, ratio, say, synchronise, timed_in_turn
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform
@@ -92,12 +92,7 @@ class StepSettings:
                 raise InputError(f"{name} is {getattr(self, name)}: give {bound} or more")
         if self.patch_size is not None and self.patch_size < 1:
             raise InputError(f"patch_size is {self.patch_size}: give 1 or more, or leave it out for the student's own")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"unknown precision '{self.precision}' (there are: fp32, bf16)")
-        if self.device not in ("cpu", "cuda"):
-            raise InputError(f"unknown device '{self.device}' (there are: cpu, cuda)")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device cuda was asked for, and torch finds no CUDA device here")
+        check_device(self.device, self.precision)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise InputError(f"peak_tflops is {self.peak_tflops}: give what the GPU can do, more than 0")
 
@@ -141,8 +136,8 @@ def arms_of(settings: StepSettings) -> Iterator[dict[str, Arm]]:
         }
 
 
-def measure(settings: StepSettings) -> dict[str, Any]:
-    """Measure the arms, and return what `scripts/benchmark_step.py` prints as JSON.
+def measure(settings: StepSettings, tell: Callable[[str], None] = say) -> dict[str, Any]:
+    """Measure the arms, telling what is under way, and return what `scripts/benchmark_step.py` prints as JSON.
 
     Returns:
         speedup: reference / ours, over_floor: ours / floor, the medians of ratios of neighbouring steps.
@@ -152,16 +147,20 @@ def measure(settings: StepSettings) -> dict[str, Any]:
     """
     with arms_of(settings) as arms:
         device = next(arms["ours"].model.parameters()).device
+        tell("comparing losses and gradients")
         equality, activations = compare(arms["reference"], arms["ours"])
         activations["floor"] = kept_for_backward(arms["floor"])
         for arm in arms.values():
             arm.optimise()  # makes its states
+        tell("counting memory and operations")
         peaks, flops = {}, 0
         for name, arm in arms.items():
             peaks[name], counted = peak_bytes(arm, device)
             flops = counted if name == "ours" else flops
+        tell("timing the parts of a step")
         parts = {name: parts_seconds(arm, device) for name, arm in arms.items()}
         steps = {name: arm.step for name, arm in arms.items()}
+        tell(f"timing {settings.rounds} steps of each arm in turn")
         # Each has warmed up by now.
         seconds = timed_in_turn(steps, rounds=settings.rounds, warmup=0, device=device)
     median = {name: statistics.median(times) for name, times in seconds.items()}

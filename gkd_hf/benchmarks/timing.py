@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,28 @@ from pathlib import Path
 import torch
 
 from gkd_hf.errors import InputError
+
+
+def check_device(device: str, precision: str = "fp32") -> None:
+    """Raise `InputError` for a device that is unknown or not here, or a precision but "fp32" and "bf16"."""
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is '{precision}': give fp32 or bf16")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device is '{device}': give cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, and torch finds no CUDA device here: give cpu")
+
+
+def use_threads(threads: int) -> None:
+    """Let torch take so many threads on the CPU; raises `InputError` for less than one."""
+    if threads < 1:
+        raise InputError(f"threads is {threads}: give 1 or more")
+    torch.set_num_threads(threads)
+
+
+def say(line: str) -> None:
+    """Tell on stderr what is being measured: minutes pass between the figures on stdout."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def synchronise(device: torch.device | str) -> None:

@@ -150,7 +150,7 @@ def test_the_script_prints_a_table_and_json(
     [
         (("--student", "no/such/folder/here"), "no/such/folder/here"),
         (("--batch-size", "1"), "batch_size is 1"),
-        (("--precision", "fp16"), "unknown precision 'fp16'"),
+        (("--precision", "fp16"), "precision is 'fp16'"),
         (("--threads", "0"), "threads is 0"),
         (("--image-size", "30"), "30"),
         (("--patch-size", "0"), "patch_size is 0"),

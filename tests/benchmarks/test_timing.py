@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gkd_hf.benchmarks.timing import machine, ratio, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, machine, ratio, say, timed_in_turn, use_threads
 from gkd_hf.errors import InputError
 
 
@@ -29,3 +29,22 @@ def test_impossible_rounds_are_refused(settings):
 def test_the_machine_is_named():
     assert machine()["device"]
     assert machine()["threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(("tpu",), "device is 'tpu'"), (("cpu", "fp16"), "precision is 'fp16'")],
+)
+def test_where_nothing_can_be_measured_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        check_device(*settings)
+
+
+def test_less_than_one_thread_is_refused():
+    with pytest.raises(InputError, match="threads is 0"):
+        use_threads(0)
+
+
+def test_what_is_under_way_is_told_beside_the_figures(capsys):
+    say("timing")
+    assert capsys.readouterr() == ("", "timing\n")
