@@ -3,6 +3,7 @@
 
     python scripts/benchmark_step.py                                      # ViT-S from ViT-B, 224/14, batch 8, fp32
     python scripts/benchmark_step.py --student resnet-50 --profile
+    python scripts/benchmark_step.py --early-backward                     # as on GPUs: one view in memory at a time
     python scripts/benchmark_step.py --teacher-cache                      # and: what reading teacher tokens saves
     python scripts/benchmark_step.py --device cuda --precision bf16 --batch-size 32 --image-size 512 --patch-size 16
     python scripts/benchmark_step.py --student facebook/dinov2-small --teacher facebook/dinov2-base
@@ -12,7 +13,7 @@ explicit softmax attention over B×N×N), "ours" (the trainer's own step) and "f
 forwards and backwards, no heads, no loss). All of them have AdamW and the same images as bytes, ready in memory.
 Named models have random weights; Hub ids and folders bring theirs. "speedup" is reference / ours and "over_floor" ours
 / floor, each the median over rounds. Memory is in MiB: what an arm holds between two steps, and the most that a step
-allocates beyond it; "activation_mb" is what the forward keeps for the backward pass. The losses are compared with
+allocates beyond it; "activation_mb" is the most that is kept for a backward pass. The losses are compared with
 batch norms in eval mode. --profile adds a table by operator of ten steps, and what in them waits for the device or
 copies. --teacher-cache adds three of our steps in turn, whose teacher is asked, read from shards, or asked and written
 there, and after how many passes over a view that pays. The last line is one JSON object. Wrong input ends with one
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--patch-size", type=int, help="of the student (default: its own)")
     own.add_argument("--precision", default=default["precision"], help="fp32 or bf16 (%(default)s)")
     own.add_argument("--device", default=default["device"], help="cpu or cuda (%(default)s)")
+    own.add_argument(
+        "--early-backward",
+        action=argparse.BooleanOptionalAction,
+        help="one view's activations at a time (default: as a training, on GPUs alone)",
+    )
     own.add_argument("--rounds", type=int, default=default["rounds"], help="timed steps of each arm (%(default)s)")
     own.add_argument("--peak-tflops", type=float, help="of the GPU, for its utilisation (known for some in bf16)")
     own.add_argument("--threads", type=int, default=2, help="of the CPU (%(default)s)")

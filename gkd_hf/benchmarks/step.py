@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +68,7 @@ class StepSettings:
         student, teacher: a name of `PRESETS`, a Hub id or a folder.
         batch_size: B images. image_size: S pixels of a side. patch_size: of the student; None keeps its own.
         precision: "fp32", or "bf16" (autocast). device: "cpu" or "cuda".
-        rounds: timed steps of each arm.
+        early_backward: of `GKDDistillationArguments`; None does as a training would. rounds: timed steps of each arm.
         peak_tflops: of the GPU in this precision; None takes `PEAK_TFLOPS` for bf16.
 
     Raises:
@@ -82,6 +82,7 @@ class StepSettings:
     patch_size: int | None = None
     precision: str = "fp32"
     device: str = "cpu"
+    early_backward: bool | None = None
     rounds: int = 5
     peak_tflops: float | None = None
 
@@ -118,6 +119,7 @@ def arms_of(settings: StepSettings) -> Iterator[dict[str, Arm]]:
             per_device_train_batch_size=settings.batch_size,
             bf16=settings.precision == "bf16",
             use_cpu=settings.device == "cpu",
+            early_backward=settings.early_backward,
             disable_tqdm=True,
             save_strategy="no",
             logging_strategy="no",
@@ -188,9 +190,9 @@ def compare(reference: Arm, ours: Arm) -> tuple[dict[str, float], dict[str, int]
     """
     losses, kept = [], {}
     for name, arm in (("reference", reference), ("ours", ours)):
-        with frozen_batch_norms(arm.model.student), keeping() as storages:
+        with frozen_batch_norms(arm.model.student), keeping(_standing(arm)) as memory:
             losses.append(arm.learn().item())
-        kept[name] = _activation_bytes(arm, storages)
+        kept[name] = memory.most
     expected = dict(reference.model.named_parameters())
     pairs = [(own.grad, expected[name].grad) for name, own in ours.model.named_parameters() if own.grad is not None]
     difference = torch.stack([(own - wanted).norm() for own, wanted in pairs]).norm()
@@ -201,28 +203,56 @@ def compare(reference: Arm, ours: Arm) -> tuple[dict[str, float], dict[str, int]
 
 def kept_for_backward(arm: Arm) -> int:
     """Run an arm's forward and backward, and return the bytes that it keeps from the one for the other."""
-    with keeping() as storages:
+    with keeping(_standing(arm)) as memory:
         arm.learn()
-    return _activation_bytes(arm, storages)
+    return memory.most
+
+
+class Kept:
+    """What autograd keeps for backward passes: each storage once, from its first keeper on until the last lets it go.
+
+    Attributes:
+        now: bytes that are kept. most: the most there were.
+    """
+
+    def __init__(self, left_out: Iterable[torch.Tensor] = ()):
+        self.now = self.most = 0
+        self._left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
+        self._keepers: dict[int, int] = {}
+
+    def keep(self, tensor: torch.Tensor) -> _Keeper:
+        """Return what stands for a tensor until it is needed."""
+        return _Keeper(self, tensor)
+
+    def count(self, tensor: torch.Tensor, keepers: int) -> None:
+        """Note that a tensor's storage has one keeper more, or less."""
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._left_out:
+            return
+        before = self._keepers.get(place, 0)
+        self._keepers[place] = before + keepers
+        self.now += size * ((before + keepers > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+class _Keeper:
+    """A tensor that autograd keeps; goes when autograd drops it."""
+
+    def __init__(self, kept: Kept, tensor: torch.Tensor):
+        self.kept, self.tensor = kept, tensor
+        kept.count(tensor, 1)
+
+    def __del__(self) -> None:
+        self.kept.count(self.tensor, -1)
 
 
 @contextmanager
-def keeping() -> Iterator[dict[int, int]]:
-    """Collect address → bytes of every storage that autograd saves; no address is given out twice in a forward."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield storages
-
-
-def _activation_bytes(arm: Arm, storages: dict[int, int]) -> int:
-    weights = {tensor.untyped_storage().data_ptr() for tensor in _standing(arm)}
-    return sum(size for place, size in storages.items() if place not in weights)
+def keeping(left_out: Iterable[torch.Tensor] = ()) -> Iterator[Kept]:
+    """Count what autograd saves for its backward passes, but for tensors that stand there anyway, such as weights."""
+    kept = Kept(left_out)
+    with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda keeper: keeper.tensor):
+        yield kept
 
 
 def _standing(arm: Arm) -> list[torch.Tensor]:

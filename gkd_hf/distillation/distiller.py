@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gkd_hf.distillation.early_backward import backward_early
 from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import MSEObjective
 from gkd_hf.models.encoders import resample_tokens
@@ -25,12 +26,21 @@ class GKDDistiller(nn.Module):
 
     Args:
         student: to be distilled. objective: heads and losses, of one teacher or of several.
+        early_backward: run the backward pass of the whole images before the forward pass of the masked ones, so that
+            the activations of one of the two views live at a time; see `backward_early`. It changes the order of sums
+            alone, but not every way of training a module bears it: FSDP2 and torch.compile do not.
     """
 
-    def __init__(self, student: GKDStudentModel, objective: MSEObjective | MultiTeacherObjective):
+    def __init__(
+        self,
+        student: GKDStudentModel,
+        objective: MSEObjective | MultiTeacherObjective,
+        early_backward: bool = False,
+    ):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.early_backward = early_backward
         self._no_split_modules = student._no_split_modules  # the heads are sharded with what is left
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
@@ -60,17 +70,21 @@ class GKDDistiller(nn.Module):
         Returns:
             The objective's named losses, and what its ``attention_statistics`` returns if asked for.
         """
-        patches, masked_patches, cls, mask = self.views(pixel_values, grid, mask_rows, masks)
-        losses = self.objective(
-            student_patches=patches,
-            student_patches_masked=masked_patches,
-            student_cls=cls,
-            teacher_patches=teacher_patches,
-            teacher_cls=teacher_cls,
-            mask=mask,
-        )
+        if self.early_backward and len(mask_rows) and torch.is_grad_enabled():
+            losses, seen = self._one_view_at_a_time(pixel_values, teacher_patches, teacher_cls, grid, mask_rows, masks)
+        else:
+            patches, masked_patches, cls, mask = self.views(pixel_values, grid, mask_rows, masks)
+            seen = patches[:2]
+            losses = self.objective(
+                student_patches=patches,
+                student_patches_masked=masked_patches,
+                student_cls=cls,
+                teacher_patches=teacher_patches,
+                teacher_cls=teacher_cls,
+                mask=mask,
+            )
         if attention:
-            losses |= self.objective.attention_statistics(patches[:2], teacher_patches)
+            losses |= self.objective.attention_statistics(seen, teacher_patches)
         return losses
 
     def views(
@@ -82,13 +96,51 @@ class GKDDistiller(nn.Module):
             Patch tokens B×N×C_s of the whole images, B×N×C_s in which the masked samples' are those of their second
             view, class tokens B×C_s of the whole images, and the mask B×N, None if nothing is masked.
         """
-        whole = self.student(pixel_values)
-        patches = resample_tokens(whole.last_hidden_state, whole.grid, grid)
+        patches, cls = self._whole_view(pixel_values, grid)
         if not len(mask_rows):
-            return patches, patches, whole.pooler_output, None
-        with frozen_running_statistics(self.student):
-            masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
-        seen_masked = resample_tokens(masked.last_hidden_state, masked.grid, grid)
+            return patches, patches, cls, None
+        seen_masked = self._masked_view(pixel_values, grid, mask_rows, masks)
         masked_patches = patches.index_copy(0, mask_rows, seen_masked.to(patches.dtype))
         mask = masks.new_zeros(len(patches), masks.shape[1]).index_copy(0, mask_rows, masks)
-        return patches, masked_patches, whole.pooler_output, mask
+        return patches, masked_patches, cls, mask
+
+    def _whole_view(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = self.student(pixel_values)
+        return resample_tokens(whole.last_hidden_state, whole.grid, grid), whole.pooler_output
+
+    def _masked_view(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], mask_rows: torch.Tensor, masks: torch.Tensor
+    ) -> torch.Tensor:
+        with frozen_running_statistics(self.student):
+            masked = self.student(pixel_values[mask_rows], bool_masked_pos=masks, mask_grid=grid)
+        return resample_tokens(masked.last_hidden_state, masked.grid, grid)
+
+    def _one_view_at_a_time(
+        self,
+        pixel_values: torch.Tensor,
+        teacher_patches: torch.Tensor | Sequence[torch.Tensor],
+        teacher_cls: torch.Tensor | Sequence[torch.Tensor],
+        grid: tuple[int, int],
+        mask_rows: torch.Tensor,
+        masks: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the losses, and B×N×C_s whole views' patch tokens of the first two samples."""
+        seen: list[torch.Tensor] = []
+
+        def of_whole_images() -> dict[str, torch.Tensor]:
+            patches, cls = self._whole_view(pixel_values, grid)
+            seen.append(patches[:2].detach().clone())
+            shown = _others(mask_rows, len(pixel_values))
+            return self.objective.whole_view(patches, cls, teacher_patches, teacher_cls, shown)
+
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        losses = backward_early(of_whole_images, trained)
+        masked = self._masked_view(pixel_values, grid, mask_rows, masks)
+        of_masked = self.objective.masked_view(masked, teacher_patches, teacher_cls, mask_rows, masks)
+        return {name: loss + of_masked[name] if name in of_masked else loss for name, loss in losses.items()}, seen[0]
+
+
+def _others(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the numbers below ``count`` that are not in the unique ``rows``, without waiting for the device."""
+    taken = torch.zeros(count, dtype=torch.uint8, device=rows.device).index_fill(0, rows, 1)
+    return taken.argsort(stable=True)[: count - len(rows)]

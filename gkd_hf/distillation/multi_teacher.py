@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -73,12 +73,53 @@ class MultiTeacherObjective(nn.Module):
             ``total``, the weighted sum, and unweighted what each objective returns, as ``NAME/total``,
             ``NAME/feature`` and so on; of a single teacher without a name, as ``feature`` and so on.
         """
+        views = (student_patches, student_patches_masked, student_cls)
+        return self._summed(
+            teacher_patches, teacher_cls, lambda own, patches, cls: own(*views, patches, cls, mask=mask)
+        )
+
+    def whole_view(
+        self,
+        student_patches: torch.Tensor,
+        student_cls: torch.Tensor,
+        teacher_patches: Sequence[torch.Tensor],
+        teacher_cls: Sequence[torch.Tensor],
+        shown: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute what the whole images contribute to the losses; see `MSEObjective.whole_view`."""
+        views = (student_patches, student_cls)
+        return self._summed(
+            teacher_patches, teacher_cls, lambda own, patches, cls: own.whole_view(*views, patches, cls, shown)
+        )
+
+    def masked_view(
+        self,
+        student_patches: torch.Tensor,
+        teacher_patches: Sequence[torch.Tensor],
+        teacher_cls: Sequence[torch.Tensor],
+        mask_rows: torch.Tensor,
+        masks: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute what the masked views contribute to the losses; see `MSEObjective.masked_view`."""
+        return self._summed(
+            teacher_patches,
+            teacher_cls,
+            lambda own, patches, cls: own.masked_view(student_patches, patches, cls, mask_rows, masks),
+        )
+
+    def _summed(
+        self,
+        teacher_patches: Sequence[torch.Tensor],
+        teacher_cls: Sequence[torch.Tensor],
+        compute: Callable[[MSEObjective, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
+        """Compute each teacher's losses from its standardised tokens; return them by name, and the weighted sum."""
         losses: dict[str, torch.Tensor] = {}
-        total = torch.zeros((), device=student_patches.device)
+        total = torch.zeros((), device=teacher_patches[0].device)
         for k, (patches, cls) in enumerate(zip(teacher_patches, teacher_cls, strict=True)):
             if str(k) in self.standardise:
                 patches, cls = self.standardise[str(k)](patches, cls)
-            own = self.objectives[k](student_patches, student_patches_masked, student_cls, patches, cls, mask=mask)
+            own = compute(self.objectives[k], patches, cls)
             total = total + self.weights[k] * own["total"]
             losses |= self._named(k, own)
         return losses | {"total": total}

@@ -58,17 +58,77 @@ class MSEObjective(nn.Module):
         """
         _check_shapes(student_patches, student_patches_masked, student_cls, teacher_patches, teacher_cls, mask)
         target, target_cls = teacher_patches.detach(), teacher_cls.detach()
+        token, feature = self._whole_losses(student_patches, student_cls, target, target_cls)
+        patch = self._patch_loss(self.patch(student_patches_masked, target), target, mask, target.numel())
+        return self._weighted(token, feature, patch)
+
+    def whole_view(
+        self,
+        student_patches: torch.Tensor,
+        student_cls: torch.Tensor,
+        teacher_patches: torch.Tensor,
+        teacher_cls: torch.Tensor,
+        shown: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute what the whole images contribute to the losses; `masked_view` has the rest, and they add up.
+
+        Args:
+            student_patches, student_cls, teacher_patches, teacher_cls: as `forward` takes them.
+            shown: places of the B − M samples of which no masked view is taken.
+
+        Returns:
+            ``token``, ``feature``, the part of ``patch`` of the shown samples, and ``total``, their weighted sum.
+
+        Raises:
+            InputError: shapes that do not fit together.
+        """
+        _check_shapes(student_patches, student_patches, student_cls, teacher_patches, teacher_cls, None)
+        target, target_cls = teacher_patches.detach(), teacher_cls.detach()
+        token, feature = self._whole_losses(student_patches, student_cls, target, target_cls)
+        values, own = target.numel(), target[shown]
+        patch = self._patch_loss(self.patch(student_patches[shown], own), own, None, values)
+        return self._weighted(token, feature, patch)
+
+    def masked_view(
+        self,
+        student_patches: torch.Tensor,
+        teacher_patches: torch.Tensor,
+        teacher_cls: torch.Tensor,
+        mask_rows: torch.Tensor,
+        masks: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Compute what the masked views contribute to the losses; `whole_view` has the rest, and they add up.
+
+        Args:
+            student_patches: M×N×C_s of the masked views. teacher_patches: B×N×C_t of all images. teacher_cls: is not
+                looked at. mask_rows: places of the M samples. masks: M×N, True where a patch was hidden.
+
+        Returns:
+            The masked samples' part of ``patch``, and of ``total``.
+        """
+        values, target = teacher_patches.numel(), teacher_patches.detach()[mask_rows]
+        patch = self._patch_loss(self.patch(student_patches, target), target, masks, values)
+        return {"total": self.weights[2] * patch, "patch": patch}
+
+    def _whole_losses(
+        self, patches: torch.Tensor, cls: torch.Tensor, target: torch.Tensor, target_cls: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the token and the feature loss."""
         # Errors, not means, so that the class token's is used twice but computed once.
-        token_error = _squared_error(self.token(student_cls[:, None], target_cls[:, None])[:, 0], target_cls)
-        feature_error = _squared_error(self.feature(student_patches, target), target)
-        patch = self._patch_loss(self.patch(student_patches_masked, target), target, mask)
+        token_error = _squared_error(self.token(cls[:, None], target_cls[:, None])[:, 0], target_cls)
+        feature_error = _squared_error(self.feature(patches, target), target)
         token = token_error / target_cls.numel()
-        feature = (token_error + feature_error) / (target_cls.numel() + target.numel())
+        return token, (token_error + feature_error) / (target_cls.numel() + target.numel())
+
+    def _weighted(self, token: torch.Tensor, feature: torch.Tensor, patch: torch.Tensor) -> dict[str, torch.Tensor]:
         total = sum(weight * loss for weight, loss in zip(self.weights, (token, feature, patch), strict=True))
         return {"total": total, "token": token, "feature": feature, "patch": patch}
 
-    def _patch_loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return _squared_error(prediction, target) / target.numel()
+    def _patch_loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, values: int
+    ) -> torch.Tensor:
+        """Return the patch loss of these samples; ``values`` is B·N·C_t of the whole batch, theirs and the others'."""
+        return _squared_error(prediction, target) / values
 
 
 class ProteusObjective(MSEObjective):
@@ -79,7 +139,9 @@ class ProteusObjective(MSEObjective):
     hidden patch it is 0, and so are its gradients: they are there, as gradient reduction over processes expects.
     """
 
-    def _patch_loss(self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _patch_loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, values: int
+    ) -> torch.Tensor:
         if mask is None:
             mask = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device)
         error = (prediction.float() - target.float()).square().masked_fill(~mask[..., None], 0.0)

@@ -102,10 +102,14 @@ class GKDDistillationArguments(StageArguments):
             million parameters on.
         teacher_cache: folder in which teachers' tokens are kept, so that a view that is seen again is not computed
             again. It needs views that come back: a `SampleStream` with ``views``, or samples that do not change.
+        early_backward: run the backward pass of the whole images before the forward pass of the masked ones, which
+            keeps the activations of one view at a time, and changes the last digits of the gradients' sums. None does
+            so on GPUs, unless FSDP2, DeepSpeed or torch.compile, which do not bear it, are at work.
         sync_batch_norm: share batch statistics between processes (CUDA only).
 
     Raises:
-        InputError: a value outside its range; Proteus with a patch loss, and nothing masked.
+        InputError: a value outside its range; ``early_backward`` with torch.compile; Proteus with a patch loss, and
+            nothing masked.
     """
 
     learning_rate: float | None = field(default=None, metadata={"help": "None: 5e-4 · global batch / 512."})
@@ -120,6 +124,7 @@ class GKDDistillationArguments(StageArguments):
     query_warmup_steps: int = field(default=0, metadata={"help": "Steps with the query branches off."})
     attention_scale: float = field(default=1.0, metadata={"help": "Factor on the attention logits."})
     teacher_sharding: str = field(default="auto", metadata={"help": "Share the teacher out: auto, always or never."})
+    early_backward: bool | None = field(default=None, metadata={"help": "One view's activations; None: on GPUs."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder to keep the teachers' tokens in."})
 
     def __post_init__(self) -> None:
@@ -146,6 +151,8 @@ class GKDDistillationArguments(StageArguments):
             raise InputError(f"attention_scale must be positive, got {self.attention_scale}")
         wanted, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         super().__post_init__()
+        if self.early_backward and self.torch_compile:
+            raise InputError("early_backward does not go through torch.compile: leave one of them out")
         self.learning_rate = wanted or 5e-4 * self.global_batch_size / REFERENCE_BATCH
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr": min(self.min_learning_rate, self.learning_rate)}

@@ -18,6 +18,7 @@ from gkd_hf.distillation.masking import random_masks
 from gkd_hf.distillation.multi_teacher import MultiTeacherObjective
 from gkd_hf.distillation.objective import GKDObjective, MSEObjective
 from gkd_hf.distillation.standardise import TokenStatistics
+from gkd_hf.errors import InputError
 from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.models.encoders import EncoderOutput, grid_owner
 from gkd_hf.models.modeling_gkd import GKDStudentModel
@@ -87,7 +88,7 @@ class GKDDistillationTrainer(StreamTrainer):
 
     Raises:
         InputError: a teacher or geometry that does not fit the student, a teacher that is given twice, a cache of a
-            stream whose views do not come back.
+            stream whose views do not come back, ``early_backward`` where models are sharded.
     """
 
     _tag_names = ["gkd", "knowledge-distillation"]
@@ -138,6 +139,7 @@ class GKDDistillationTrainer(StreamTrainer):
             callbacks=[BeforeFirstStep(self._fit_standardisation), *(callbacks or [])],
             title=title,
         )
+        model.early_backward = self._runs_backward_early()
         if args.teacher_cache is not None:
             check_views(train_dataset)  # before the teachers' weights are hashed and folders made
         statistics = (student.config.image_mean, student.config.image_std)
@@ -148,6 +150,14 @@ class GKDDistillationTrainer(StreamTrainer):
             self.add_callback(self.cache)
             self.data_collator = CachingCollator(self.data_collator, [each.store for each in self._teaching.caches])
         self._near_chance: dict[str, int] = {}
+
+    def _runs_backward_early(self) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.early_backward and sharded:
+            raise InputError("early_backward does not go with FSDP or DeepSpeed: leave it out, or train with DDP")
+        if self.args.early_backward is None:
+            return self.args.device.type == "cuda" and not (sharded or self.args.torch_compile)
+        return self.args.early_backward
 
     @property
     def teacher(self) -> GKDTeacher:

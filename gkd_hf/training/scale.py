@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class StageScale:
     Args:
         name: of the stage, or of the baseline that is trained in the task's place. stage: the recipe's.
         costs: `Step.costs` of two batches, the smaller first. teacher_sharding: auto, always or never; of each teacher
-            if it is several.
+            if it is several. sharded_costs: of the steps that FSDP2 does, where they differ.
     """
 
     def __init__(
@@ -82,9 +83,11 @@ class StageScale:
         stage: StageRecipe,
         costs: dict[bool, tuple[StepCost, ...] | None],
         teacher_sharding: str | Sequence[str] = "auto",
+        sharded_costs: dict[bool, tuple[StepCost, ...] | None] | None = None,
     ) -> None:
         self.name, self.stage = name, stage
         self.costs = costs
+        self.sharded_costs = sharded_costs or costs
         self.teacher_sharding = teacher_sharding
 
     @property
@@ -133,7 +136,7 @@ class StageScale:
 
     def footprint(self, layout: Layout) -> Footprint:
         """Memory of one GPU."""
-        costs = self.costs[layout.checkpointing]
+        costs = (self.sharded_costs if layout.fsdp else self.costs)[layout.checkpointing]
         batch = self.stage.batch_size / layout.gpus / layout.accumulation
         # Gradients that are sharded or accumulated are there all the time; the others come with the backward pass.
         standing_gradients = layout.fsdp or layout.accumulation > 1
@@ -266,8 +269,10 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
     batches = BATCHES if distils else TASK_BATCHES
 
     settings = {"precision": "fp32" if stage.precision == "fp32" else "bf16", "patch_size": stage.patch_size}
+    sharded_costs = None
     if distils:
-        step = DistillationStep(
+        distillation = partial(
+            DistillationStep,
             student.config,
             [teacher.config for teacher in teachers],
             stage.image_size,
@@ -278,6 +283,9 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
             mask_ratio=stage.mask_ratio,
             **settings,
         )
+        # Compiled and sharded steps keep both views' activations.
+        step = distillation(early_backward=not stage.compile)
+        sharded_costs = distillation().costs(batches)
     else:
         settings |= {
             "decode_head": stage.decode_head,
@@ -296,5 +304,9 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
         costs[True] = None  # activation_checkpointing is for those then
     # While the task is learned, a teacher is whole on every GPU.
     return StageScale(
-        name, stage, costs, [each.sharding if distils else "never" for each in recipe.all_teachers.values()]
+        name,
+        stage,
+        costs,
+        [each.sharding if distils else "never" for each in recipe.all_teachers.values()],
+        sharded_costs,
     )

@@ -238,6 +238,7 @@ class DistillationStep(Step):
         student: its configuration. teachers: those of its teachers. patch_size: of the student; None keeps its own.
         method: one with label-free stages. geometries, standardise: of each teacher; None for what is usual.
         mask_probability, mask_ratio: part of the images seen a second time, part of their patches hidden.
+        early_backward: as the trainer does on GPUs unless models are sharded; see `GKDDistiller`.
         settings: those of `Step`.
     """
 
@@ -253,10 +254,12 @@ class DistillationStep(Step):
         standardise: Sequence[bool | None] | None = None,
         mask_probability: float = 0.5,
         mask_ratio: float = 0.5,
+        early_backward: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(image_size, **settings)
         self.student, self.teachers, self.patch_size = student, tuple(teachers), patch_size
+        self.early_backward = early_backward
         self.method = method
         self.geometries = geometries or ["native"] * len(teachers)
         self.standardise = standardise or [None] * len(teachers)
@@ -279,7 +282,7 @@ class DistillationStep(Step):
             [1.0] * len(teachers),
             self.standardise,
         )
-        return GKDDistiller(student, objective), student, objective, teachers
+        return GKDDistiller(student, objective, self.early_backward), student, objective, teachers
 
     def teach(self, teachers: nn.ModuleList | None, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mean, taught = torch.zeros(1, 3, 1, 1), []

@@ -40,6 +40,7 @@ TRAININGS = {
     "distil.stream": True,
     "distil.rows": True,
     "distil.rows.resumed": False,
+    "distil.rows.early": False,
     "task.stream": True,
     "task.rows": False,
 }
@@ -75,12 +76,12 @@ def trainings(world: int) -> list[tuple[str, int]]:
 
 def trainer_of(name: str, folder: Path, **changes: Any) -> Any:
     """Make the trainer of one of `TRAININGS`."""
-    stage, data, *_ = name.split(".")
+    stage, data, *kinds = name.split(".")
     set_seed(0)
     student = GKDStudentModel.from_encoder(ENCODERS["vit"])
     settings = {"max_steps": STEPS, "logging_steps": 1, "ema_decay": 0.9} | changes
     if stage == "distil":
-        args = single.arguments(GKDDistillationArguments, folder, **settings)
+        args = single.arguments(GKDDistillationArguments, folder, early_backward="early" in kinds, **settings)
         dataset = single.distillation_stream(ROWS) if data == "stream" else Rows(labelled=False)
         return GKDDistillationTrainer(student, GKDTeacher(ENCODERS["dinov2"]), args, dataset)
     model = GKDStudentForSemanticSegmentation.from_student(student, num_labels=8)

@@ -74,14 +74,20 @@ def batch_on_meta(trainer: GKDDistillationTrainer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "student, teacher, bf16",
-    [("vit", "dinov2", False), ("vit", "dinov2", True), ("resnet", "dinov2", False), ("swin", "dinov2", False)],
+    "student, bf16, early",
+    [
+        ("vit", False, False),
+        ("vit", False, True),
+        ("vit", True, False),
+        ("resnet", False, True),
+        ("swin", False, False),
+    ],
 )
 def test_forward_and_backward_neither_wait_for_the_device_nor_bring_it_constants(
-    student: str, teacher: str, bf16: bool, tmp_path: Path
+    student: str, bf16: bool, early: bool, tmp_path: Path
 ) -> None:
     """Of bf16 this sees the teacher's weights and tokens alone."""
-    trainer = trainer_on_meta(tmp_path, student, teacher, bf16=bf16)
+    trainer = trainer_on_meta(tmp_path, student, "dinov2", bf16=bf16, early_backward=early)
     batch = batch_on_meta(trainer)
     trainer.pixels(batch)  # the first brings what every later one finds
     with Crossings() as crossings:

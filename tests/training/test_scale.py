@@ -35,6 +35,7 @@ STUDENT, TEACHER = (config_from_mapping(each | {"num_hidden_layers": LAYERS}) fo
 AS_HERE: dict[str, Any] = {"precision": "fp32", "on_gpu": False}
 STEPS: dict[str, Step] = {
     "vit": DistillationStep(STUDENT, [TEACHER], 64, **AS_HERE),
+    "early": DistillationStep(STUDENT, [TEACHER], 64, early_backward=True, **AS_HERE),
     "resnet": DistillationStep(config_from_mapping(ENCODERS["resnet"]), [TEACHER], 64, **AS_HERE),
     "mask2former": SegmentationStep(
         STUDENT, 32, decode_head=MASK2FORMER | {"decoder_layers": 2}, classes=12, **AS_HERE
@@ -163,6 +164,18 @@ def test_every_moment_is_affine_in_the_batch() -> None:
             a, b, c = (cost.moments[phase] for cost in (small, middle, large))
             assert a.shape == b.shape == c.shape
             assert np.array_equal(c - b, b - a)
+
+
+def test_one_view_at_a_time_takes_less_memory_and_as_many_operations() -> None:
+    settings = {"precision": "bf16", "mask_probability": 1.0}
+    both, early = (
+        DistillationStep(STUDENT, [TEACHER], 64, early_backward=each, **settings).costs((8,))[False][0]
+        for each in (False, True)
+    )
+    assert early.flops == both.flops
+    activations = [cost.moments["forward"][:, 0].max() for cost in (both, early)]
+    gradients = 4 * early.student.trained + 4 * early.heads.trained
+    assert activations[1] < 0.65 * activations[0] + gradients
 
 
 def test_a_gpu_never_holds_an_attention_matrix() -> None:

@@ -1,0 +1,60 @@
+"""One part of a loss at a time, forward and backward: the activations of one part alone are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def backward_early(
+    compute: Callable[[], dict[str, torch.Tensor]], parameters: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Compute losses, and the gradients of ``total`` at once, in place of the activations that a later backward needs.
+
+    The backward pass of whatever ``total`` is added to hands those gradients on, times what ``total``'s own is. For
+    whoever waits for gradients (accumulation, DDP's buckets, ZeRO) each parameter still gets one, at the usual time.
+
+    Args:
+        compute: gives named scalar losses, ``total`` among them, and may use ``parameters`` in any way.
+        parameters: every tensor that ``total`` sends gradients to; who is not used gets none.
+
+    Returns:
+        The losses; all but ``total`` without gradients.
+    """
+    losses: dict[str, torch.Tensor] = {}
+    total = _Early.apply(compute, losses, *parameters)
+    return losses | {"total": total}
+
+
+class _Early(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[], dict[str, torch.Tensor]],
+        losses: dict[str, torch.Tensor],
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        with torch.enable_grad():
+            found = compute()
+        total = found["total"]
+        losses.update({name: loss.detach() for name, loss in found.items()})
+        with _without_autocast(total.device.type):
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        ctx.save_for_backward(*gradients)
+        return total.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        # In place: a second set of gradients would have to find room beside the next part's activations.
+        torch._foreach_mul_([each for each in gradients if each is not None], gradient)
+        return None, None, *gradients
+
+
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    """Backward passes run outside of autocast, which would choose another precision for them."""
+    available = torch.amp.autocast_mode.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

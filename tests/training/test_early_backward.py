@@ -1,0 +1,43 @@
+"""When the trainer runs one view at a time: on GPUs, where it is asked for, and not with what does not bear it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gkd_hf import GKDDistillationArguments
+from gkd_hf.errors import InputError
+from tests.training import test_trainers as single
+
+
+def test_a_cpu_does_as_it_is_told(tmp_path: Path) -> None:
+    assert not single.distillation_trainer(tmp_path).model.early_backward
+    assert single.distillation_trainer(tmp_path, early_backward=True).model.early_backward
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"), [({}, True), ({"is_fsdp_enabled": True}, False), ({"is_deepspeed_enabled": True}, False)]
+)
+def test_a_gpu_does_unless_models_are_sharded(
+    changed: dict[str, bool], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = single.distillation_trainer(tmp_path)
+    monkeypatch.setattr(GKDDistillationArguments, "device", torch.device("cuda"))
+    for name, value in changed.items():
+        monkeypatch.setattr(trainer, name, value)
+    assert trainer._runs_backward_early() is expected
+    trainer.args.early_backward = False
+    assert trainer._runs_backward_early() is False
+    trainer.args.early_backward, trainer.args.torch_compile = None, True
+    assert trainer._runs_backward_early() is False
+
+
+def test_what_does_not_bear_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="torch.compile: leave one of them out"):
+        GKDDistillationArguments(str(tmp_path), early_backward=True, torch_compile=True, use_cpu=True)
+    trainer = single.distillation_trainer(tmp_path, early_backward=True)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(InputError, match="FSDP or DeepSpeed: leave it out"):
+        trainer._runs_backward_early()
