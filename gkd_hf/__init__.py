@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from gkd_hf.auto_classes import register
 from gkd_hf.errors import InputError
-from gkd_hf.models.configuration_gkd import GKDStudentConfig
 
 if TYPE_CHECKING:
     from gkd_hf.distillation.objective import GKDObjective, MSEObjective, ProteusObjective
     from gkd_hf.distillation.query_based import QuerySoftDistillation
     from gkd_hf.hub.model_card import GKDModelCard
     from gkd_hf.hub.push import push_run as push_to_hub
+    from gkd_hf.models.configuration_gkd import GKDStudentConfig
     from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
     from gkd_hf.task_teacher import TaskTeacher
     from gkd_hf.teacher import GKDTeacher
@@ -29,7 +29,8 @@ __version__ = "0.1.0"
 
 register()
 
-# Models bring most of transformers, trainers accelerate and datasets: loaded when first asked for.
+# Models bring most of transformers, trainers accelerate and datasets, and even a configuration the list of all models:
+# loaded when first asked for.
 _LAZY = {
     "GKDDistillationArguments": "gkd_hf.training.arguments",
     "GKDDistillationTrainer": "gkd_hf.training.distillation_trainer",
@@ -38,6 +39,7 @@ _LAZY = {
     "GKDSegmentationArguments": "gkd_hf.training.arguments",
     "GKDSegmentationTrainer": "gkd_hf.training.segmentation_trainer",
     "GKDModelCard": "gkd_hf.hub.model_card",
+    "GKDStudentConfig": "gkd_hf.models.configuration_gkd",
     "GKDStudentForSemanticSegmentation": "gkd_hf.models.modeling_gkd",
     "GKDStudentModel": "gkd_hf.models.modeling_gkd",
     "GKDTeacher": "gkd_hf.teacher",

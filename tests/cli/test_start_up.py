@@ -20,7 +20,7 @@ def there(*names):
 told = {}
 import gkd_hf
 told["import"] = there("datasets", "accelerate", "evaluate", "pandas", "pyarrow", "scipy", "matplotlib",
-    "transformers.modeling_utils", "transformers.trainer", "gkd_hf.models.modeling_gkd", "gkd_hf.models.encoders")
+    "transformers.models", "transformers.modeling_utils", "transformers.trainer", "gkd_hf.models.configuration_gkd")
 sys.argv = ["run_gkd.py", "--plan"]
 try:
     runpy.run_path("scripts/run_gkd.py", run_name="__main__")
@@ -53,6 +53,26 @@ def test_importing_and_planning_leave_out_what_they_do_not_need():
         "registered": True,
     }
     assert "Plan of" in ended.stdout
+
+
+# Who is imported first, and what asks for the configuration or the Auto classes.
+ORDERS = [
+    "import gkd_hf; from transformers import AutoConfig, AutoModel",
+    "from gkd_hf import GKDStudentConfig; import gkd_hf; from transformers import AutoConfig, AutoModel",
+    "from transformers import AutoConfig; import gkd_hf; from transformers import AutoModel",
+    "from transformers import AutoConfig, AutoModel; import gkd_hf",
+]
+ASK = """
+config = AutoConfig.for_model("gkd_student")
+print(type(config) is gkd_hf.GKDStudentConfig, AutoModel._model_mapping[gkd_hf.GKDStudentConfig].__name__)
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_the_student_whichever_is_imported_first(order):
+    program = f"{order}\n{ASK}"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["True", "GKDStudentModel"], ended.stderr
 
 
 def test_a_process_that_fails_is_told(monkeypatch):
