@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from gkd_hf.errors import InputError, nearest
+from gkd_hf.models.encoder_adapter import lay_out_plainly
 from gkd_hf.models.encoders import EncoderOutput, adapter_for, resample_geometry
 from gkd_hf.models.loading import load_encoder
 
@@ -129,6 +130,11 @@ class GKDTeacher(nn.Module):
                     for parameter in module.parameters(recurse=False):
                         parameter.data = parameter.data.to(torch.bfloat16)
 
+    def place(self, device: torch.device | str) -> None:
+        """Put the whole teacher on a device, its weights laid out in memory as that computes fastest."""
+        self.to(device)
+        self.adapter.lay_out(self)
+
     def shard(self, mesh: DeviceMesh | None = None) -> None:
         """Share the weights out over the processes, layer by layer; a layer is whole only while it computes.
 
@@ -142,6 +148,7 @@ class GKDTeacher(nn.Module):
         if self.sharded:
             return
         self._original = ()  # it would keep all weights alive
+        lay_out_plainly(self)
         layers = self.adapter.sharded_layers(self.encoder)
         settings: dict[str, Any] = {"reshard_after_forward": True} | ({"mesh": mesh} if mesh is not None else {})
         for module in reversed(list(self.encoder.modules())):  # inner layers before those around them

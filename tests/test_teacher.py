@@ -158,10 +158,13 @@ def test_a_sharded_teacher_keeps_its_geometry(group_of_one: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
-def test_any_teacher_can_be_sharded(kind: str, group_of_one: DeviceMesh) -> None:
-    """A final norm beside the encoder's forward, batch norms of another precision."""
+def test_any_teacher_can_be_sharded(kind: str, group_of_one: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A final norm beside the encoder's forward, batch norms of another precision, weights laid out for a GPU."""
+    monkeypatch.setattr("gkd_hf.models.encoder_adapter.CHANNELS_LAST_ON", ("cpu",))
     teacher = GKDTeacher(ENCODERS[kind])
     teacher.halve()
+    teacher.place("cpu")
+    assert not all(parameter.is_contiguous() for parameter in teacher.parameters())
     pixels = torch.randn(1, 3, 64, 64)
     expected = teacher(pixels, (4, 4), HALF, HALF)
     teacher.shard(group_of_one)

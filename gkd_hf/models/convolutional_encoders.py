@@ -33,6 +33,7 @@ class ResNetAdapter(ListedStagesAdapter):
     """ResNet with any number of stages."""
 
     model_class = ResNetModel
+    channels_last = True
     layer_classes = ("ResNetStage",)
 
     @property
@@ -53,6 +54,7 @@ class ConvNextAdapter(ListedStagesAdapter):
     """
 
     model_class = ConvNextModel
+    channels_last = True
     whole_patches = True
     final_norm = "layernorm"
 
@@ -106,6 +108,7 @@ class _BatchNormAdapter(StageMapAdapter):
     """
 
     momentum = 0.1
+    channels_last = True
 
     def build(self) -> PreTrainedModel:
         model = super().build()

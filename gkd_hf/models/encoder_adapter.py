@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import InputError
 
+CHANNELS_LAST_ON = ("cuda",)  # oneDNN lays weights out anew by itself: on a CPU nothing is gained
+
 
 @dataclass
 class EncoderOutput:
@@ -51,6 +53,8 @@ class EncoderAdapter(ABC):
             such small ones that they would travel singly.
         optional: endings of the names of tensors that a checkpoint may lack: transformers sets them as it should.
         incomplete: which of its checkpoints are known to lack some of the encoder, "" if none are.
+        channels_last: whether the model is made of convolutions that a GPU computes faster with the channels innermost
+            in memory, see `lay_out`.
         extra: the package that transformers needs for this architecture, and the extra of this library that brings it.
     """
 
@@ -68,6 +72,7 @@ class EncoderAdapter(ABC):
     # A mask token is new by design, and a count of batches is no knowledge.
     optional: tuple[str, ...] = ("mask_token", "num_batches_tracked")
     incomplete = ""
+    channels_last = False
     extra: str | None = None
 
     def __init__(self, config: PreTrainedConfig):
@@ -142,6 +147,19 @@ class EncoderAdapter(ABC):
     def build(self) -> PreTrainedModel:
         """Return the model with random weights."""
         return self.model_class(self.config, **self.constructor)
+
+    def lay_out(self, model: nn.Module) -> None:
+        """Lay the weights of a model with this encoder out as the device they are on computes fastest, in place.
+
+        Those of 2-D convolutions get torch's memory format ``channels_last``, if the architecture gains by it, on
+        CUDA devices: activations have it already, and each pass would lay every weight out anew. Values, shapes and
+        the parameters themselves stay. FSDP2 shards contiguous weights alone: see `lay_out_plainly`.
+        """
+        device = next(model.parameters()).device
+        if self.channels_last and device.type in CHANNELS_LAST_ON:
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
 
     def sharded_layers(self, model: PreTrainedModel) -> set[str]:
         """Return the names of the classes in ``model`` whose modules are sharded as one each."""
@@ -253,6 +271,12 @@ class EncoderAdapter(ABC):
                     f"image {name} {size} is not a multiple of the patch size {self.stride} of "
                     f"{self.config.model_type}; the nearest size that is: {best}"
                 )
+
+
+def lay_out_plainly(model: nn.Module) -> None:
+    """Make all parameters contiguous again, in place, whatever `EncoderAdapter.lay_out` made of them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 def whole(size: int, multiple: int) -> int:

@@ -59,6 +59,13 @@ class GKDStudentPreTrainedModel(PreTrainedModel):
         """Pixels have no table of embeddings; Accelerate asks for it when it shards."""
         return None
 
+    def lay_out(self) -> None:
+        """Lay weights out in memory as the device they are on computes fastest; a CNN's on a GPU, values stay.
+
+        Trainers do it. Otherwise call it after ``to(device)``, and not before FSDP2 shards the model.
+        """
+        self.base_model.adapter.lay_out(self)
+
     def check_activation_checkpointing(self) -> None:
         """Raise `InputError` if nothing that is trained here can compute its activations a second time."""
         if not _recomputable(self):

@@ -109,7 +109,7 @@ class GKDOneStageTrainer(GKDSegmentationTrainer):
             self.data_collator = HidingCollator(self.data_collator, self.token_stride, method.mask_ratio, args)
         if args.bf16:
             teacher.halve()
-        teacher.to(args.device)
+        teacher.place(args.device)
         if args.torch_compile:
             teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self.student_mean = torch.tensor(model.config.image_mean, device=args.device).view(1, 3, 1, 1)

@@ -25,6 +25,7 @@ from gkd_hf.hub.run_facts import StageRecorder
 from gkd_hf.training import checkpoints
 from gkd_hf.training.arguments import StageArguments
 from gkd_hf.training.loss_watch import LossWatch
+from gkd_hf.training.memory_layout import contiguous, lay_out_models, lay_out_optimizer
 from gkd_hf.training.numbered_samples import numbered_samples
 from gkd_hf.training.preemption import Preemption
 from gkd_hf.training.process_group import check_shared, hung_peer, is_hung_peer, of_main_process
@@ -110,6 +111,11 @@ class StreamTrainer(PublishingTrainer):
             self.add_callback(self._position)
         self._losses = LossWatch()
         self._skipped: SkippedRows | None = None
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        super()._move_model_to_device(model, device)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these lay weights out themselves
+            lay_out_models(model)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # The last that happens before Accelerate cuts the model, in place.
@@ -301,6 +307,8 @@ class StreamTrainer(PublishingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._engine == "plain":
+            lay_out_optimizer(self.optimizer)
         if self.average is not None and checkpoint is not None:
             self.average.load(checkpoint)
 
@@ -385,6 +393,11 @@ class StreamTrainer(PublishingTrainer):
                 logs["loss"] = means.pop("total")
                 logs.update({f"loss_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is None and self.args.should_save:  # a plain module's go to safetensors as they are
+            state_dict = self.model.state_dict()
+        super()._save(output_dir, None if state_dict is None else contiguous(state_dict))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint of broken weights would be resumed from for ever.

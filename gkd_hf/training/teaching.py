@@ -103,7 +103,7 @@ class Teaching:
         if args.bf16 and not teacher.sharded:
             teacher.halve()
         if not self._is_shared(teacher):
-            teacher.to(args.device)
+            teacher.place(args.device)
         if args.torch_compile:  # Trainer does it for the model; in place, so that the teacher stays what it is
             teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 

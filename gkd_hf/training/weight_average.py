@@ -112,10 +112,11 @@ class WeightAverage(TrainerCallback):
         if {name: tuple(tensor.shape) for name, tensor in whole.items()} != shapes:
             raise InputError(f"cannot resume from '{folder}': {AVERAGE_NAME} holds the weights of another model")
         for name, tensor in followed.items():
-            value = whole[name].to(tensor.device)
             if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            self._average[name] = value
+                value = whole[name].to(tensor.device)
+                self._average[name] = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            else:  # laid out in memory as the weights are, which lets them be averaged in one pass
+                self._average[name] = torch.empty_like(tensor, dtype=whole[name].dtype).copy_(whole[name])
 
     def _followed(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Under the names that a model has without activation checkpointing, whose wrappers add to them."""
