@@ -20,9 +20,8 @@ from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.encoder_adapter import lay_out_plainly
 from gkd_hf.models.encoders import EncoderOutput, adapter_for, resample_geometry
 from gkd_hf.models.loading import load_encoder
+from gkd_hf.teacher_settings import GEOMETRIES, SHARDINGS, named_source
 
-GEOMETRIES = ("native", "resample_patch_embed")
-SHARDINGS = ("auto", "always", "never")
 LARGE = 500_000_000  # parameters from which on sharding pays: in bf16 they are a gigabyte on every device
 
 
@@ -219,14 +218,6 @@ class GKDTeacher(nn.Module):
         """Raise `InputError` if tokens do not lie on the grid they are wanted on."""
         if tuple(own) != tuple(grid):
             raise InputError(f"the teacher's tokens lie on a {own} grid, the student's on {tuple(grid)}")
-
-
-def named_source(source: Any, revision: str | None) -> tuple[str, str | None] | None:
-    """What tells a teacher from others: its folder or Hub id, and the revision; None for a configuration."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    place = os.path.expanduser(os.fspath(source))
-    return (os.path.realpath(place) if os.path.isdir(place) else place), revision
 
 
 def short_names(called: Sequence[str]) -> list[str]:

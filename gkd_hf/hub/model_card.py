@@ -32,6 +32,7 @@ from gkd_hf.hub.licences import (
     teacher_settings,
 )
 from gkd_hf.hub.onnx import onnx_usage
+from gkd_hf.hub.repo_names import segmenter_repo
 from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
 from gkd_hf.methods import (
     FROZEN,
@@ -99,14 +100,6 @@ class RepoNames:
             return cls(f"{folder}/encoder", f"{folder}/segmenter")
         task = (settings.get("stages") or {}).get("task")
         return cls(repo_id, segmenter_repo(repo_id, task["data"]) if task else "", on_hub=True)
-
-
-def segmenter_repo(repo_id: str, source: str) -> str:
-    """`org/gkd-x`, `toy_city:night` → `org/gkd-x-toy_city-night`: a domain's name may hold what a repo's may not."""
-    allowed = "".join(
-        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in source
-    )
-    return f"{repo_id}-{allowed}"
 
 
 @dataclass

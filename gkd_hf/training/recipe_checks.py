@@ -14,10 +14,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from gkd_hf.data.domains import MIXING_BLOCK
 from gkd_hf.errors import InputError, nearest
-from gkd_hf.hub.model_card import segmenter_repo
+from gkd_hf.hub.repo_names import segmenter_repo
 from gkd_hf.methods import BASELINES, LABEL_FREE_METHODS, METHODS, ONE_STAGE_METHODS
-from gkd_hf.models.configuration_gkd import DECODE_HEADS
-from gkd_hf.teacher import GEOMETRIES, SHARDINGS, named_source
+from gkd_hf.teacher_settings import GEOMETRIES, SHARDINGS, named_source
 from gkd_hf.training.recipe import (
     KD_TARGETS,
     MAX_SEED,
@@ -219,6 +218,9 @@ def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_d
                 f"{origin}: {key}.teacher_cache is '{stage.teacher_cache}': give a folder, or null for no cache"
             )
     if isinstance(stage, TaskRecipe):
+        # It brings transformers, which a misspelt key is refused without.
+        from gkd_hf.models.configuration_gkd import DECODE_HEADS
+
         head = stage.decode_head
         one_of(f"{key}.decode_head", head.get("type") if isinstance(head, Mapping) else head, DECODE_HEADS)
         sides = stage.short_sides

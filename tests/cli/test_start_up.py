@@ -75,6 +75,23 @@ def test_auto_classes_know_the_student_whichever_is_imported_first(order):
     assert ended.stdout.split() == ["True", "GKDStudentModel"], ended.stderr
 
 
+MISSPELT = """
+import runpy, sys
+sys.argv = ["run_gkd.py", "--plan", "stages.task.learning_rat=1"]
+try:
+    runpy.run_path("scripts/run_gkd.py", run_name="__main__")
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "transformers", "datasets", "accelerate") if name in sys.modules])
+"""
+
+
+def test_a_misspelt_key_is_refused_without_torch_and_transformers():
+    ended = subprocess.run([sys.executable, "-c", MISSPELT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "unknown key 'stages.task.learning_rat', did you mean 'learning_rate'?" in ended.stderr
+    assert ended.stdout.splitlines() == ["2 []"]
+
+
 def test_a_process_that_fails_is_told(monkeypatch):
     monkeypatch.setattr("gkd_hf.benchmarks.startup.IMPORTS", {"gkd_hf": "raise SystemExit('no such module')"})
     with pytest.raises(InputError, match="ended with exit code 1: no such module"):

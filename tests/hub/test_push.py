@@ -206,7 +206,7 @@ def test_the_recipe_says_where(tmp_path: Path, online: LoopbackHub, script: Modu
 
 
 def test_source_names_become_repo_names() -> None:
-    from gkd_hf.hub.model_card import segmenter_repo
+    from gkd_hf.hub.repo_names import segmenter_repo
 
     assert segmenter_repo("org/gkd-x", "toy_city:night") == "org/gkd-x-toy_city-night"
     assert segmenter_repo("org/gkd-x", "custom:a b/ü") == "org/gkd-x-custom-a-b--"
