@@ -62,7 +62,7 @@ class GKDStudentPreTrainedModel(PreTrainedModel):
     def lay_out(self) -> None:
         """Lay weights out in memory as the device they are on computes fastest; a CNN's on a GPU, values stay.
 
-        Trainers do it. Otherwise call it after ``to(device)``, and not before FSDP2 shards the model.
+        Trainers do it. Otherwise call it after ``to(device)``; a model that FSDP2 is to shard must not be laid out so.
         """
         self.base_model.adapter.lay_out(self)
 

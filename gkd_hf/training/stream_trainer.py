@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from gkd_hf.data.streaming import EvaluationSet, SampleStream
 from gkd_hf.errors import InputError
 from gkd_hf.hub.run_facts import StageRecorder
+from gkd_hf.models.encoder_adapter import lay_out_plainly
 from gkd_hf.training import checkpoints
 from gkd_hf.training.arguments import StageArguments
 from gkd_hf.training.loss_watch import LossWatch
@@ -120,6 +121,7 @@ class StreamTrainer(PublishingTrainer):
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # The last that happens before Accelerate cuts the model, in place.
         if self.is_fsdp_enabled and not is_sharded(self.model):
+            lay_out_plainly(self.model)
             self.skeleton = skeleton(self.model)
         return super()._wrap_model(model, *args, **kwargs)
 
