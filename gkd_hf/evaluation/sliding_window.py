@@ -1,7 +1,7 @@
 """Segmentation of images of any size by a window of fixed size, as in the GKD paper's test protocol (2603.02554).
 
 Overlapping windows are forwarded in batches and averaged; the encoder sees only the size that it was trained at.
-Labels are taken from the averaged scores tile by tile: all classes at the label's size are never in memory together.
+Labels are taken from the averaged scores part by part: all classes at the label's size are never in memory together.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from gkd_hf.errors import InputError
+from gkd_hf.evaluation.label_tiles import WindowScores, blended_places, labels_by_tiles
 
 # Scores of one tile, all classes together: 4 MiB of float32, so that what is resized is still in the cache when the
 # best class is looked for, and a GPU has enough to do in each call.
 TILE = 2**20
+# Windows' scores are kept as the model wrote them where those of an image are no more than this part of its average.
+_COARSE = 1 / 6
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
@@ -53,9 +56,10 @@ def sliding_window_logits(
     windows = _Windows(pixel_values, window, stride, batch_size)
     totals = None
     for image, rows, columns, score in windows.scores(forward):
+        score = resize(score[None], (window, window))[0]
         if totals is None:
             totals = score.new_zeros(len(pixel_values), len(score), *windows.pixels.shape[2:])
-        totals[image, :, rows, columns] += score
+        totals[image, :, rows, columns].add_(score)  # += would copy the sum onto itself
     return totals.div_(windows.hits())[:, :, : pixel_values.shape[2], : pixel_values.shape[3]]
 
 
@@ -94,11 +98,13 @@ def predict_each(
     window: int = 512,
     stride: int = 341,
     batch_size: int = 4,
+    dtype: torch.dtype = torch.int64,
 ) -> Iterator[torch.Tensor]:
-    """Yield the labels of one image after the other, int64 label_height×label_width each; see `predict_labels`.
+    """Yield the labels of one image after the other, label_height×label_width each; see `predict_labels`.
 
     Args:
         label_sizes: (height, width) of each image's label map.
+        dtype: integers that hold the classes: int64, or narrower ones, which are less to count.
 
     Raises:
         InputError: as `sliding_window_logits`; not one size per image.
@@ -106,19 +112,25 @@ def predict_each(
     windows = _Windows(pixel_values, window, stride, batch_size)
     if len(label_sizes) != len(pixel_values):
         raise InputError(f"there are {len(label_sizes)} label sizes for {len(pixel_values)} images: give one for each")
-    height, width = pixel_values.shape[2:]
-    total = None
+    size = tuple(pixel_values.shape[2:])
+    sums = _Averaged(windows)
+    kept: list[WindowScores] = []
     for image, rows, columns, score in windows.scores(forward):
-        if total is None:
-            total = score.new_zeros(len(score), *windows.pixels.shape[2:])
-        total[:, rows, columns] += score
+        sums.add(score, rows, columns)
+        if windows.coarse(score):
+            kept.append(WindowScores(score, rows, columns))
         del score  # of which the next one would otherwise be made beside
         if windows.is_last(rows, columns):
-            yield best_class(total.div_(windows.hits())[:, :height, :width], label_sizes[image])
-            total.zero_()
+            averaged = sums.take()[:, : size[0], : size[1]]
+            labels = labels_by_tiles(averaged, kept, label_sizes[image], dtype) if kept else None
+            kept = []
+            if labels is None:
+                plain = averaged.contiguous() if averaged.stride(0) == 1 else averaged
+                labels = best_class(plain, label_sizes[image], dtype)
+            yield labels
 
 
-def best_class(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def best_class(scores: torch.Tensor, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Return the best class of every pixel after resizing, as ``resize(scores, size).argmax(0)`` does, tile by tile.
 
     A tile is a band of rows: the rows of ``scores`` that it lies between are resized to its width, then blended. The
@@ -127,9 +139,10 @@ def best_class(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
     Args:
         scores: C×h×w of any floating type; computed in float32. size: (height, width) of the labels.
+        dtype: integers that hold the classes.
 
     Returns:
-        int64 height×width; of equal classes the first.
+        height×width; of equal classes the first.
 
     Raises:
         InputError: scores that are not C×h×w, or a size below 1.
@@ -139,12 +152,13 @@ def best_class(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     classes, source_height, source_width = scores.shape
     height, width = size
     if tuple(size) == (source_height, source_width):
-        return scores.max(0).indices
-    above, below, weight = _blended_rows(source_height, height)
+        return scores.max(0).indices.to(dtype)
+    above, below, weight = blended_places(source_height, height)
+    weight = weight[:, None]
     blends = source_height != height
     firsts, lasts = above.tolist(), (below if blends else above).tolist()
     above, below, weight = (each.to(scores.device) for each in (above, below, weight))
-    labels = torch.empty(height, width, dtype=torch.int64, device=scores.device)
+    labels = torch.empty(height, width, dtype=dtype, device=scores.device)
     # A tile's rows of the source are resized too, and are more than its own where the labels are smaller.
     step = max(1, int(TILE / (classes * width * max(1, source_height / height))))
     for top in range(0, height, step):
@@ -165,6 +179,36 @@ def resize(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(scores.shape[-2:]) == tuple(size):
         return scores
     return nn.functional.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class _Averaged:
+    """The average of one image's window scores after another, in one piece of memory, C×H×W."""
+
+    def __init__(self, windows: _Windows) -> None:
+        self._windows = windows
+        self._total: torch.Tensor | None = None
+        self._empty = True
+
+    def add(self, score: torch.Tensor, rows: slice, columns: slice) -> None:
+        """Add one window's scores, C×h×w of any size."""
+        side, coarse = self._windows.window, self._windows.coarse(score)
+        score = resize(score[None], (side, side))[0]
+        if self._total is None:
+            size = self._windows.pixels.shape[2:]
+            # As the scores lie in memory: convolutions return classes innermost, which adding would have to reorder.
+            inner = coarse and score.stride(0) == 1
+            self._total = (
+                score.new_zeros(*size, len(score)).permute(2, 0, 1) if inner else score.new_zeros(len(score), *size)
+            )
+        elif self._empty:
+            self._total.zero_()
+        self._empty = False
+        self._total[:, rows, columns].add_(score)  # += would copy the sum onto itself
+
+    def take(self) -> torch.Tensor:
+        """Return the average, which the next image's will overwrite."""
+        self._empty = True
+        return self._total.div_(self._windows.hits())
 
 
 class _Windows:
@@ -188,7 +232,7 @@ class _Windows:
     def scores(
         self, forward: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[int, slice, slice, torch.Tensor]]:
-        """Yield every window's image, rows, columns and float32 scores C×window×window."""
+        """Yield every window's image, rows, columns and float32 scores C×h×w."""
         corners = [(i, top, left) for i in range(len(self.pixels)) for top in self.tops for left in self.lefts]
         places = [(i, slice(top, top + self.window), slice(left, left + self.window)) for i, top, left in corners]
         for first in range(0, len(places), self.batch_size):
@@ -196,8 +240,14 @@ class _Windows:
             scores = forward(torch.stack([self.pixels[i, :, rows, columns] for i, rows, columns in group]))
             # One by one and in the order of the windows, so that the sums do not depend on how windows were batched.
             for (image, rows, columns), score in zip(group, scores, strict=True):
-                yield image, rows, columns, resize(score[None], (self.window, self.window))[0]
+                yield image, rows, columns, score.float()
             del scores, score  # the next call of forward needs their place
+
+    def coarse(self, score: torch.Tensor) -> bool:
+        """Whether scores C×h×w like these are worth keeping, to tell which classes can win where: not on a GPU."""
+        places = len(self.tops) * len(self.lefts) * score.shape[1] * score.shape[2]
+        height, width = self.pixels.shape[2:]
+        return score.device.type == "cpu" and places <= _COARSE * height * width
 
     def is_last(self, rows: slice, columns: slice) -> bool:
         """Whether these are an image's last window."""
@@ -212,14 +262,3 @@ class _Windows:
                 count[start : start + self.window] += 1
             counts.append(count.to(self.pixels.device))
         return counts[0][:, None] * counts[1]
-
-
-def _blended_rows(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each of ``target`` rows: the ``source`` rows above and below its centre, and the weight of that below, n×1.
-
-    The scale is rounded to float32, and the coordinate once, as by the fused multiply-add of PyTorch's kernel.
-    """
-    scale = (torch.tensor(float(source)) / target).double()
-    centre = (scale * (torch.arange(target, dtype=torch.float64) + 0.5) - 0.5).clamp(min=0).float()
-    above = centre.long().clamp(max=source - 1)
-    return above, (above + 1).clamp(max=source - 1), (centre - above).clamp(0, 1)[:, None]
