@@ -3,15 +3,15 @@
 
     python scripts/benchmark_metric.py                                    # ResNet-18, 100 images of 2048x1024
     python scripts/benchmark_metric.py --only metric --height 1024 --width 2048 --classes 19
-    python scripts/benchmark_metric.py --student vit-s --images 20 --rounds 2
+    python scripts/benchmark_metric.py --student vit-s --images 24
     python scripts/benchmark_metric.py --device cuda --precision bf16 --workers 8 --student resnet-50
 
 "speedup" is the time of the histograms of evaluate's mean_iou over ours for one pair of int64 maps in memory, median
 over rounds in turn; "equal" whether intersections and unions are the same numbers. The histograms are numpy's, on one
 thread of the CPU; ours takes all --threads, or the GPU. "evaluation_over_forward" is the time of evaluate_domains
 (reading, decoding, resizing to 1024x512, sliding windows of 512 with stride 341, resizing the scores to the labels'
-2048x1024, counting there) over that of the model's forward alone on the same windows, median over rounds in turn, each
-of other images; weights are random, the head is linear.
+2048x1024, counting there) over that of the model's forward alone on the same windows in the same batches, half of
+them before and half after; median over --rounds; weights are random, the head is linear.
 The last line is one JSON object. Wrong input ends with one line on stderr and exit code 2.
 """
 
@@ -41,8 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048, help="of the metric's pair (default %(default)s)")
     parser.add_argument("--classes", type=int, default=default["classes"], help="number (default %(default)s)")
     parser.add_argument("--student", default=default["student"], help=f"{', '.join(STUDENTS)} (default %(default)s)")
-    parser.add_argument("--images", type=int, default=default["images"], help="evaluated in all (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=default["rounds"], help="their parts (default %(default)s)")
+    parser.add_argument("--images", type=int, default=default["images"], help="evaluated (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=default["rounds"], help="evaluations (default %(default)s)")
     parser.add_argument("--workers", type=int, default=default["workers"], help="that read (default %(default)s)")
     parser.add_argument("--precision", default=default["precision"], help="fp32 or bf16 (default %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default %(default)s")

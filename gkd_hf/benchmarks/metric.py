@@ -35,6 +35,7 @@ from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 LABEL_SIZE, TEST_SIZE = (2048, 1024), (1024, 512)
 """Width and height of an image and its label as stored, and of the image as it is segmented: those of Cityscapes."""
 _ENLARGED = 4
+_HELD = 3  # batches of images
 _RESNET = {"model_type": "resnet", "embedding_size": 64}
 STUDENTS: dict[str, dict[str, Any]] = {
     "resnet-18": _RESNET | {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
@@ -56,8 +57,8 @@ class EvaluationSettings:
 
     Args:
         student: a name of `STUDENTS`; its weights are random, its head linear. classes: number of its classes.
-        images: of 2048×1024 pixels with labels of that size, in all; segmented at 1024×512, as Cityscapes is.
-        rounds: parts that they are evaluated in, none twice, in turn with the bare forward.
+        images: of 2048×1024 pixels with labels of that size; segmented at 1024×512, as Cityscapes is.
+        rounds: how often all of them are evaluated, and forwarded.
         workers: processes that read them. window, stride: in pixels. window_batch_size: windows in a forward.
         precision: "fp32", or "bf16" (autocast). device: "cpu" or "cuda".
 
@@ -68,7 +69,7 @@ class EvaluationSettings:
     student: str = "resnet-18"
     classes: int = 19
     images: int = 100
-    rounds: int = 4
+    rounds: int = 1
     workers: int = 1
     window: int = 512
     stride: int = 341
@@ -79,8 +80,8 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.student not in STUDENTS:
             raise InputError(f"student is '{self.student}': choose from {', '.join(STUDENTS)}")
-        if self.rounds < 1 or self.images < self.rounds or self.images % self.rounds:
-            raise InputError(f"{self.images} images in {self.rounds} rounds: give a multiple of the rounds")
+        if self.rounds < 1 or self.images < 1:
+            raise InputError(f"{self.images} images in {self.rounds} rounds: give 1 or more of both")
         if self.workers < 0 or self.classes < len(CLASSES):
             raise InputError(f"{self.workers} workers, {self.classes} classes: 0 or more, {len(CLASSES)} or more")
         check_device(self.device, self.precision)
@@ -178,16 +179,17 @@ def measure_evaluation(settings: EvaluationSettings, tell: Callable[[str], None]
     """Time `GKDSegmentationTrainer.evaluate_domains` on rendered street scenes against the bare forward of its model.
 
     The evaluation reads, decodes and resizes images, segments them, resizes the scores to the labels' size, twice the
-    images' each way, and counts there. The forward has the same windows in the same batches, already on its device.
+    images' each way, and counts there, starting its readers among the rest. The forward has the same windows in the
+    same batches, already on its device: half of them before the evaluation, half after it.
 
     Args:
         tell: called with a line where something takes long.
 
     Returns:
-        ``evaluation_over_forward``: the median over the rounds. ``images_per_s``, ``evaluation_s``, ``forward_s``.
+        ``evaluation_over_forward``: the median over the rounds. ``images_per_s``. ``evaluation_s``, ``forward_s``: of
+        all rounds.
     """
     model = segmenter(STUDENTS[settings.student], settings.classes)
-    part = settings.images // settings.rounds
     seconds: dict[str, list[float]] = {"evaluation": [], "forward": []}
     with tempfile.TemporaryDirectory() as folder:
         tell(f"rendering {settings.images} images")
@@ -207,25 +209,31 @@ def measure_evaluation(settings: EvaluationSettings, tell: Callable[[str], None]
         )
         trainer = GKDSegmentationTrainer(model, arguments, train_dataset=[])
         model.to(arguments.device).eval()
-        tell(f"evaluating {settings.rounds} × {part} images and forwarding their windows, in turn")
-        for turn in range(settings.rounds):
-            images = _evaluation_set(rows.subset(np.arange(turn * part, (turn + 1) * part)), model.config)
-            # Those of one round at a time: of all of them there would be gigabytes.
-            windows = _windows(images, settings, arguments.per_device_eval_batch_size)
-            if turn == 0:
-                _forward(trainer, model, windows[:1])  # the first one sets up what later ones find
-            arms = {
-                "evaluation": partial(trainer.evaluate_domains, {"toy_city": images}, examples=0),
-                "forward": partial(_forward, trainer, model, windows),
-            }
-            if turn % 2:
-                arms = dict(reversed(arms.items()))
-            for name, times in timed_in_turn(arms, rounds=1, warmup=0, device=settings.device).items():
-                seconds[name] += times
+        tell(f"evaluating {settings.images} images and forwarding their windows, {settings.rounds} time(s)")
+        whole = _evaluation_set(rows, model.config)
+        # Windows of a few batches at a time: of all of them there would be gigabytes.
+        at_once, held = arguments.per_device_eval_batch_size, _HELD * arguments.per_device_eval_batch_size
+        parts = [range(first, min(first + held, settings.images)) for first in range(0, settings.images, held)]
+
+        def timed(name: str, call: Callable[[], object]) -> None:
+            seconds[name][-1] += timed_in_turn({name: call}, rounds=1, warmup=0, device=settings.device)[name][0]
+
+        def forward(some: list[range]) -> None:
+            for part in some:
+                images = _evaluation_set(rows.subset(np.array(part)), model.config)
+                timed("forward", partial(_forward, trainer, model, _windows(images, settings, at_once)))
+
+        _forward(trainer, model, _windows(whole, settings, at_once, limit=1))  # sets up what later ones find
+        for _ in range(settings.rounds):
+            for name in seconds:
+                seconds[name].append(0.0)
+            forward(parts[: len(parts) // 2])
+            timed("evaluation", partial(trainer.evaluate_domains, {"toy_city": whole}, examples=0))
+            forward(parts[len(parts) // 2 :])
     evaluation, forward = (sum(seconds[name]) for name in ("evaluation", "forward"))
     return {
         "evaluation_over_forward": ratio(seconds["evaluation"], seconds["forward"]),
-        "images_per_s": settings.images / evaluation,
+        "images_per_s": settings.images * settings.rounds / evaluation,
         "evaluation_s": evaluation,
         "forward_s": forward,
     }
@@ -253,13 +261,15 @@ def _evaluation_set(rows: ShardRows, config: GKDStudentConfig) -> EvaluationSet:
     )
 
 
-def _windows(images: EvaluationSet, settings: EvaluationSettings, images_at_once: int) -> list[torch.Tensor]:
-    """Return the windows of all images as the evaluation batches them."""
+def _windows(
+    images: EvaluationSet, settings: EvaluationSettings, images_at_once: int, limit: int | None = None
+) -> list[torch.Tensor]:
+    """Return the windows of all images, or of the first ``limit``, as the evaluation batches them."""
     side, batches = settings.window, []
-    samples = iter(images)
+    samples = itertools.islice(images, limit)
     while group := list(itertools.islice(samples, images_at_once)):
         crops = [
-            sample["pixel_values"][:, top : top + side, left : left + side]
+            images.normalised(sample["pixel_values"])[:, top : top + side, left : left + side]
             for sample in group
             for top in window_starts(sample["pixel_values"].shape[1], side, settings.stride)
             for left in window_starts(sample["pixel_values"].shape[2], side, settings.stride)

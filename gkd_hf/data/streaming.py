@@ -270,9 +270,10 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         bad_row_limit: largest fraction of bad rows that is skipped.
         num_rows: rows of an ``IterableDataset`` if known, for progress bars alone.
 
-    Yields ``{"pixel_values": float32 3×H×W, "labels": int64 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
-    where h×w is the image's own size. A bad row is left out and reported with the reader's next image (or its
-    last one); a reader whose whole share is bad yields one sample whose other entries are ``None``.
+    Yields ``{"pixel_values": uint8 3×H×W, "labels": uint8 h×w, "image": uint8 h×w×3, "id": str, "bad_rows": list}``
+    where h×w is the image's own size; `normalised` makes of the pixels what the model takes. A bad row is left out
+    and reported with the reader's next image (or its last one); a reader whose whole share is bad yields one sample
+    whose other entries are ``None``.
     Raises ``InputError`` as ``SampleStream`` does.
     """
 
@@ -302,6 +303,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.num_rows = len(rows) if isinstance(rows, ShardRows) else num_rows
+        self.pictures: int | None = None
 
     @property
     def share(self) -> int | None:
@@ -311,11 +313,20 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         images = self.num_rows if self.limit is None else min(self.limit, self.num_rows)
         return len(range(self.rank, images, self.world_size))
 
-    def shard(self, rank: int, world_size: int) -> EvaluationSet:
-        """Return a copy for one process."""
+    def shard(self, rank: int, world_size: int, pictures: int | None = None) -> EvaluationSet:
+        """Return a copy for one process.
+
+        Args:
+            pictures: images of each reader with which ``"image"`` comes, None with the others: as large as they are
+                stored, they are most of what a sample passes between processes. ``None`` is all.
+        """
         other = copy.copy(self)
-        other.rank, other.world_size = rank, world_size
+        other.rank, other.world_size, other.pictures = rank, world_size, pictures
         return other
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return uint8 …×3×H×W as the model takes them, float32, on their device; floats are taken as they are."""
+        return self.transform.normalise(pixels) if pixels.dtype == torch.uint8 else pixels
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -333,6 +344,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
         # One sample is held back so that bad rows at the end still find one to travel with.
         held: dict[str, Any] | None = None
         reported: list[dict[str, Any]] = []
+        readable = 0
         for place, row in self._own_rows(streamed):
             bad.attempted += 1
             try:
@@ -344,11 +356,12 @@ class EvaluationSet(torch.utils.data.IterableDataset):
                 yield held
             held = {
                 "pixel_values": self.transform(image),
-                "labels": torch.from_numpy(label.astype(np.int64)),
-                "image": np.array(image),
+                "labels": torch.from_numpy(np.array(label)),
+                "image": np.array(image) if self.pictures is None or readable < self.pictures else None,
                 "id": row_identity(row),
                 "bad_rows": reported,
             }
+            readable += 1
             reported = []
         if held is None:
             if not reported:
@@ -421,7 +434,7 @@ def collate_evaluation(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     readable = [sample for sample in samples if sample["pixel_values"] is not None]
     pixel_values: Any = [sample["pixel_values"] for sample in readable]
     if len({tuple(image.shape) for image in pixel_values}) == 1:
-        pixel_values = torch.stack(pixel_values)
+        pixel_values = stacked(pixel_values)
     return {
         "pixel_values": pixel_values,
         "labels": [sample["labels"] for sample in readable],

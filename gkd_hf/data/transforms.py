@@ -312,6 +312,8 @@ def resized_size(size: tuple[int, int], short_side: int, max_long_side: int) -> 
 class EvaluationTransform(_Normalising):
     """Resize (bilinear) and normalise an image for testing.
 
+    A call does the first; `normalise` does the second, for a batch and on its device.
+
     Args:
         mean, std: of the model's normalisation, three numbers each, in 0..1.
         size: (width, height) in pixels to stretch to; ``None`` keeps the image's own size.
@@ -331,10 +333,10 @@ class EvaluationTransform(_Normalising):
         super().__init__(mean, std)
 
     def __call__(self, image: PIL.Image.Image) -> torch.Tensor:
-        """Return float32 3×H×W."""
+        """Return the resized image, uint8 3×H×W."""
         size = self.size
         if size is not None and self.keep_ratio:
             size = resized_size(image.size, min(size), max(size))
         if size is not None and size != image.size:
             image = image.resize(size, PIL.Image.Resampling.BILINEAR)
-        return self.normalise(torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()))
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())

@@ -225,7 +225,7 @@ class GKDSegmentationTrainer(StreamTrainer):
         self, model: GKDStudentForSemanticSegmentation, name: str, images: EvaluationSet, examples: int
     ) -> DomainResult:
         args = self.args
-        images = images.shard(args.process_index, args.world_size)
+        images = images.shard(args.process_index, args.world_size, pictures=examples)
         loader = DataLoader(
             images,
             batch_size=args.per_device_eval_batch_size,
@@ -243,7 +243,7 @@ class GKDSegmentationTrainer(StreamTrainer):
             bar.update(len(batch["labels"]) + len(batch["bad_rows"]))
             skipped.extend(batch["bad_rows"])
             labels = batch["labels"]
-            predictions = self._predictions(model, batch["pixel_values"], [label.shape for label in labels])
+            predictions = self._predictions(model, images, batch["pixel_values"], [label.shape for label in labels])
             for image, truth, prediction in zip(batch["image"], labels, predictions, strict=True):
                 counts += confusion_counts(prediction, truth.to(args.device, non_blocking=True), classes)
                 if len(kept) < examples:
@@ -265,10 +265,14 @@ class GKDSegmentationTrainer(StreamTrainer):
     def _predictions(
         self,
         model: GKDStudentForSemanticSegmentation,
+        images: EvaluationSet,
         pixels: torch.Tensor | list[torch.Tensor],
         sizes: list[tuple[int, int]],
     ) -> Iterator[torch.Tensor]:
-        """Yield the classes of one image after the other, B×3×H×W or a list of 3×H×W, at its label's size."""
+        """Yield the classes of one image of ``images`` after the other at its label's size, as small integers.
+
+        Their pixels are uint8 B×3×H×W, or a list of 3×H×W; sizes are (height, width).
+        """
 
         def scores(crops: torch.Tensor) -> torch.Tensor:
             # The precision of the training, whether the model has just been trained or was loaded for this.
@@ -281,9 +285,11 @@ class GKDSegmentationTrainer(StreamTrainer):
         for group, own in groups:
             yield from predict_each(
                 scores,
-                group.to(self.args.device, non_blocking=True),
+                images.normalised(group.to(self.args.device, non_blocking=True)),
                 own,
                 window=self.args.window,
                 stride=self.args.stride,
                 batch_size=self.args.window_batch_size,
+                # as narrow as the labels are: so they are counted fastest
+                dtype=torch.uint8 if model.config.num_labels <= 256 else torch.int64,
             )

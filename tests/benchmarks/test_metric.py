@@ -1,5 +1,7 @@
 """What the metric's benchmark compares is the same thing; its figures are nobody's to test."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -40,31 +42,37 @@ def test_an_evaluation_is_measured_on_the_windows_that_it_forwards(monkeypatch):
     evaluated, forwarded, evaluate_domains = [], [], metric.GKDSegmentationTrainer.evaluate_domains
 
     def evaluate(trainer, sets, examples):
-        evaluated.append(list(sets["toy_city"]))
+        evaluated.append(sets["toy_city"])
         (result,) = evaluate_domains(trainer, sets, examples=examples).values()
-        assert result.images == 2 and result.confusion.sum() == 2 * 1024 * 2048  # counted at the label's size
+        assert result.images == 3 and result.confusion.sum() == 3 * 1024 * 2048  # counted at the label's size
 
+    monkeypatch.setattr(metric, "_HELD", 1)
+    monkeypatch.setattr(
+        metric, "GKDSegmentationArguments", partial(metric.GKDSegmentationArguments, per_device_eval_batch_size=2)
+    )
     monkeypatch.setattr(metric.GKDSegmentationTrainer, "evaluate_domains", evaluate)
     forward = metric._forward
     monkeypatch.setattr(metric, "_forward", lambda *given: forwarded.append(given[2]) or forward(*given))
-    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=4, rounds=2, workers=0))
-    ids = [sample["id"] for samples in evaluated for sample in samples]
-    assert len(ids) == len(set(ids)) == 4 and len(evaluated) == 2  # each round has images of its own
-    for samples in evaluated:
-        assert {sample["labels"].shape for sample in samples} == {torch.Size([1024, 2048])}
-        assert {sample["pixel_values"].shape for sample in samples} == {torch.Size([3, 512, 1024])}
-    _, *rounds = forwarded  # the first sets up
-    for samples, windows in zip(evaluated, rounds, strict=True):
-        crops = [sample["pixel_values"][:, :, left : left + 512] for sample in samples for left in (0, 341, 512)]
-        assert [len(batch) for batch in windows] == [4, 2] and torch.equal(torch.cat(windows), torch.stack(crops))
-    assert found["evaluation_over_forward"] > 0 and found["images_per_s"] == pytest.approx(4 / found["evaluation_s"])
+    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=3, workers=0))
+    (images,) = evaluated
+    samples = list(images)
+    assert len({sample["id"] for sample in samples}) == 3
+    assert {sample["labels"].shape for sample in samples} == {torch.Size([1024, 2048])}
+    assert {sample["pixel_values"].shape for sample in samples} == {torch.Size([3, 512, 1024])}
+    pixels = [images.normalised(sample["pixel_values"]) for sample in samples]
+    _, *parts = forwarded  # the first sets up; one part before the evaluation, one after it
+    assert [[len(batch) for batch in part] for part in parts] == [[4, 2], [3]]
+    crops = [image[:, :, left : left + 512] for image in pixels for left in (0, 341, 512)]
+    assert torch.equal(torch.cat([batch for part in parts for batch in part]), torch.stack(crops))
+    assert found["evaluation_over_forward"] > 0 and found["images_per_s"] == pytest.approx(3 / found["evaluation_s"])
+    assert found["evaluation_over_forward"] == pytest.approx(found["evaluation_s"] / found["forward_s"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"student": "vgg"}, "student is 'vgg': choose from resnet-18"),
-        ({"images": 10, "rounds": 3}, "10 images in 3 rounds"),
+        ({"images": 10, "rounds": 0}, "10 images in 0 rounds"),
         ({"classes": 2}, "2 classes"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
     ],

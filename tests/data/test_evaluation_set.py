@@ -51,13 +51,34 @@ def test_samples_keep_the_native_label_and_image(write_folder):
     assert [sample["id"] for sample in samples] == ["row000", "row001", "row002"]
     sample = samples[2]
     assert sample["pixel_values"].shape == (3, 6, 12)
-    assert torch.allclose(sample["pixel_values"][0], torch.full((6, 12), 2 / 255 / 0.5 - 1))
-    assert sample["labels"].shape == (8, 8) and sample["labels"].dtype == torch.int64
+    assert sample["pixel_values"].dtype == torch.uint8
+    values = dataset.normalised(sample["pixel_values"])
+    assert torch.allclose(values[0], torch.full((6, 12), 2 / 255 / 0.5 - 1))
+    assert dataset.normalised(values) is values
+    assert sample["labels"].shape == (8, 8) and sample["labels"].dtype == torch.uint8
     assert sample["labels"][0].tolist() == [0] * 4 + [1] * 4
     assert sample["image"].shape == (8, 8, 3) and sample["image"].dtype == np.uint8
     assert (dataset.domain, dataset.label_space) == ("city", SPACE)
     batch = collate_evaluation(samples)
     assert batch["pixel_values"].shape == (3, 3, 6, 12) and len(batch["labels"]) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whole_images_come_with_the_first_samples_alone(write_folder, workers):
+    dataset = make_set(write_folder(make_rows(6, images={0: b"junk"}), split="test"), bad_row_limit=0.5)
+    options = {"batch_size": 2, "num_workers": workers, "collate_fn": collate_evaluation}
+    with_image, pixels = {}, {}
+    for pictures in (None, 1, 0):
+        batches = list(DataLoader(dataset.shard(0, 1, pictures), **options))
+        ids = [name for batch in batches for name in batch["id"]]
+        images = [image for batch in batches for image in batch["image"]]
+        with_image[pictures] = {name for name, image in zip(ids, images, strict=True) if image is not None}
+        pixels[pictures] = dict(zip(ids, (part for batch in batches for part in batch["pixel_values"]), strict=True))
+        assert pixels[pictures].keys() == pixels[None].keys()
+        assert all(torch.equal(part, pixels[None][name]) for name, part in pixels[pictures].items())
+    assert len(with_image[None]) == 5 and with_image[0] == set()
+    # Of two readers one has the rows 0 and 2, of which the first is bad, the other begins with row 1.
+    assert with_image[1] == ({"row001"} if workers == 0 else {"row001", "row002"})
 
 
 def test_the_share_is_what_a_bar_needs(write_folder):

@@ -128,7 +128,10 @@ def test_crops_of_one_class_are_drawn_again():
 
 def test_normalisation_to_the_number():
     image = PIL.Image.new("RGB", (5, 4), (255, 0, 128))
-    values = EvaluationTransform(IMAGENET_MEAN, IMAGENET_STD)(image)
+    transform = EvaluationTransform(IMAGENET_MEAN, IMAGENET_STD)
+    pixels = transform(image)
+    assert pixels.dtype == torch.uint8 and pixels[:, 0, 0].tolist() == [255, 0, 128]
+    values = transform.normalise(pixels)
     assert values.shape == (3, 4, 5) and values.dtype == torch.float32
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
     assert values[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
