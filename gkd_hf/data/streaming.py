@@ -263,7 +263,7 @@ class EvaluationSet(torch.utils.data.IterableDataset):
 
     Args:
         rows: from ``open_rows``, with ``image`` and ``label``.
-        transform: resize and normalisation of the image; the label keeps its own size.
+        transform: resizes the image; the label keeps its own size.
         label_map, label_space: of the domain.
         domain: name for messages and reports.
         limit: use only the first ``limit`` images; ``None`` uses all.

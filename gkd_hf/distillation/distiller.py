@@ -28,7 +28,7 @@ class GKDDistiller(nn.Module):
         student: to be distilled. objective: heads and losses, of one teacher or of several.
         early_backward: run the backward pass of the whole images before the forward pass of the masked ones, so that
             the activations of one of the two views live at a time; see `backward_early`. It changes the order of sums
-            alone, but not every way of training a module bears it: FSDP2 and torch.compile do not.
+            alone, but not every way of training a module bears it: FSDP2, DeepSpeed and torch.compile do not.
     """
 
     def __init__(

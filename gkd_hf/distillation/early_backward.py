@@ -15,11 +15,11 @@ def backward_early(
     """Compute losses, and the gradients of ``total`` at once, in place of the activations that a later backward needs.
 
     The backward pass of whatever ``total`` is added to hands those gradients on, times what ``total``'s own is. For
-    whoever waits for gradients (accumulation, DDP's buckets, ZeRO) each parameter still gets one, at the usual time.
+    whoever waits for gradients (accumulation, DDP's buckets) each parameter still gets one, at the usual time.
 
     Args:
-        compute: gives named scalar losses, ``total`` among them, and may use ``parameters`` in any way.
-        parameters: every tensor that ``total`` sends gradients to; who is not used gets none.
+        compute: gives named scalar losses, ``total`` among them.
+        parameters: every tensor that ``total`` sends gradients to; one that is not used gets none.
 
     Returns:
         The losses; all but ``total`` without gradients.
@@ -41,17 +41,18 @@ class _Early(torch.autograd.Function):
             found = compute()
         total = found["total"]
         losses.update({name: loss.detach() for name, loss in found.items()})
-        with _without_autocast(total.device.type):
-            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        gradients: Sequence[torch.Tensor | None] = [None] * len(parameters)
+        if total.requires_grad:
+            with _without_autocast(total.device.type):
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         ctx.save_for_backward(*gradients)
         return total.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        # In place: a second set of gradients would have to find room beside the next part's activations.
-        torch._foreach_mul_([each for each in gradients if each is not None], gradient)
-        return None, None, *gradients
+        # Not in place: autograd may have given two parameters the same tensor, or one an expanded scalar. There is
+        # room: what was computed after this has gone through its backward pass before.
+        return None, None, *(None if each is None else each * gradient for each in ctx.saved_tensors)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[None]:

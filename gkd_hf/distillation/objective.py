@@ -85,8 +85,10 @@ class MSEObjective(nn.Module):
         _check_shapes(student_patches, student_patches, student_cls, teacher_patches, teacher_cls, None)
         target, target_cls = teacher_patches.detach(), teacher_cls.detach()
         token, feature = self._whole_losses(student_patches, student_cls, target, target_cls)
-        values, own = target.numel(), target[shown]
-        patch = self._patch_loss(self.patch(student_patches[shown], own), own, None, values)
+        patch = torch.zeros_like(token)
+        if len(shown):  # attention kernels refuse a batch of none
+            own = target[shown]
+            patch = self._patch_loss(self.patch(student_patches[shown], own), own, None, target.numel())
         return self._weighted(token, feature, patch)
 
     def masked_view(

@@ -4,7 +4,8 @@ Resizing bilinearly, averaging windows and resizing to the label's size give eve
 as the model wrote them, with the same weights for every class. A class that one other surpasses in all scores that a
 tile of labels is made of therefore wins nowhere in it, and needs not be resized there. Inside an object one class is
 left, and the tile is known without any resizing. The others are resized as the whole image would be: by the same
-operations in the same order, so that their scores are the same to the last bit.
+operations in the same order, so that their scores are the same: to the last bit with the kernels that PyTorch has for
+AVX2 and AVX-512, which fuse multiplications with additions.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ def labels_by_tiles(
     if label_size[0] < size[0] or label_size[1] < size[1]:
         return None
     classes = len(averaged)
-    margin = _MARGIN * max(extreme.abs() for window in windows for extreme in window.scores.aminmax())
-    if not margin.isfinite():
+    largest = torch.stack([extreme.abs() for window in windows for extreme in window.scores.aminmax()]).max()
+    if not (largest * len(windows)).isfinite():  # nor may sums over windows overflow
         return None
+    margin = _MARGIN * largest
     axes = tuple(_LabelAxis.of(*lengths) for lengths in zip(size, label_size, strict=True))
     views = [_View.of(window, size, label_size) for window in windows]
     lowest = torch.full((axes[0].tiles, axes[1].tiles), classes, dtype=torch.int32)
-    sample = (lowest > 0).nonzero()[_SAMPLE // 2 :: max(1, lowest.numel() // _SAMPLE)]
+    step = max(1, lowest.numel() // _SAMPLE)
+    sample = (lowest > 0).nonzero()[step // 2 :: step]
     possible = _candidates(views, sample, margin).sum(1)
     if possible[possible > 1].sum() > _WORTH * classes * len(sample):
         return None

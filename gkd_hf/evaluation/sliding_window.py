@@ -75,8 +75,8 @@ def predict_labels(
 ) -> torch.Tensor:
     """Predict the class of every pixel at the label's own size (the scores are resized, then the best class taken).
 
-    Beside what `forward` needs for one batch of windows, the averaged scores of one image are kept, and of these a
-    tile is resized at a time.
+    Beside what `forward` needs for one batch of windows, the averaged scores of one image are kept, on a CPU also what
+    `forward` returned of its windows, and a tile is resized at a time.
 
     Args:
         label_size: (height, width) of the label maps, whatever the size of `pixel_values`.
@@ -107,7 +107,7 @@ def predict_each(
         dtype: integers that hold the classes: int64, or narrower ones, which are less to count.
 
     Raises:
-        InputError: as `sliding_window_logits`; not one size per image.
+        InputError: as `sliding_window_logits`; not one size per image; classes that ``dtype`` does not hold.
     """
     windows = _Windows(pixel_values, window, stride, batch_size)
     if len(label_sizes) != len(pixel_values):
@@ -116,6 +116,8 @@ def predict_each(
     sums = _Averaged(windows)
     kept: list[WindowScores] = []
     for image, rows, columns, score in windows.scores(forward):
+        if len(score) - 1 > torch.iinfo(dtype).max:
+            raise InputError(f"{dtype} does not hold the labels of {len(score)} classes: give a wider one")
         sums.add(score, rows, columns)
         if windows.coarse(score):
             kept.append(WindowScores(score, rows, columns))

@@ -285,7 +285,7 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
         )
         # Compiled and sharded steps keep both views' activations.
         step = distillation(early_backward=not stage.compile)
-        sharded_costs = distillation().costs(batches)
+        sharded_costs = None if stage.compile else distillation().costs(batches)
     else:
         settings |= {
             "decode_head": stage.decode_head,

@@ -65,6 +65,11 @@ ORDERS = [
 ASK = """
 config = AutoConfig.for_model("gkd_student")
 print(type(config) is gkd_hf.GKDStudentConfig, AutoModel._model_mapping[gkd_hf.GKDStudentConfig].__name__)
+import importlib, pickle
+import transformers.models.auto.configuration_auto as auto
+pickle.dumps(auto.__spec__)
+importlib.reload(gkd_hf)
+print(type(importlib.reload(auto).AutoConfig.for_model("gkd_student")).__name__)
 """
 
 
@@ -72,7 +77,7 @@ print(type(config) is gkd_hf.GKDStudentConfig, AutoModel._model_mapping[gkd_hf.G
 def test_auto_classes_know_the_student_whichever_is_imported_first(order):
     program = f"{order}\n{ASK}"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.stdout.split() == ["True", "GKDStudentModel"], ended.stderr
+    assert ended.stdout.split() == ["True", "GKDStudentModel", "GKDStudentConfig"], ended.stderr
 
 
 MISSPELT = """

@@ -17,6 +17,16 @@ def test_a_cpu_does_as_it_is_told(tmp_path: Path) -> None:
     assert single.distillation_trainer(tmp_path, early_backward=True).model.early_backward
 
 
+def test_a_training_with_a_warm_up_learns_what_it_does_with_both_views_at_once(tmp_path: Path) -> None:
+    curves = []
+    for early in (False, True):
+        settings = {"max_steps": 4, "query_warmup_steps": 2, "logging_steps": 1, "gradient_accumulation_steps": 2}
+        trainer = single.distillation_trainer(tmp_path / str(early), early_backward=early, **settings)
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"), [({}, True), ({"is_fsdp_enabled": True}, False), ({"is_deepspeed_enabled": True}, False)]
 )
