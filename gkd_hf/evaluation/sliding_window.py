@@ -119,17 +119,14 @@ def predict_each(
         if len(score) - 1 > torch.iinfo(dtype).max:
             raise InputError(f"{dtype} does not hold the labels of {len(score)} classes: give a wider one")
         sums.add(score, rows, columns)
-        if windows.coarse(score):
+        if windows.coarse(score) and tuple(label_sizes[image]) != size:  # else nothing is to be resized
             kept.append(WindowScores(score, rows, columns))
         del score  # of which the next one would otherwise be made beside
         if windows.is_last(rows, columns):
             averaged = sums.take()[:, : size[0], : size[1]]
             labels = labels_by_tiles(averaged, kept, label_sizes[image], dtype) if kept else None
             kept = []
-            if labels is None:
-                plain = averaged.contiguous() if averaged.stride(0) == 1 else averaged
-                labels = best_class(plain, label_sizes[image], dtype)
-            yield labels
+            yield best_class(averaged, label_sizes[image], dtype) if labels is None else labels
 
 
 def best_class(scores: torch.Tensor, size: tuple[int, int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -166,7 +163,8 @@ def best_class(scores: torch.Tensor, size: tuple[int, int], dtype: torch.dtype =
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
         first, end = firsts[top], lasts[rows.stop - 1] + 1
-        band = resize(scores[None, :, first:end], (end - first, width))[0]
+        # With the classes outermost, however they lie: PyTorch rounds by that.
+        band = resize(scores[None, :, first:end].contiguous(), (end - first, width))[0]
         if blends:
             blended = band.index_select(1, below[rows] - first).mul_(weight[rows])
             band = blended.addcmul_(band.index_select(1, above[rows] - first), 1 - weight[rows])
