@@ -116,13 +116,16 @@ def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int,
 
     rows·columns counts; None if a value lies outside.
     """
-    kind = np.dtype(np.int32 if rows * columns <= np.iinfo(np.int32).max else np.int64)
+    # As narrow as can be: more of them are computed at once, and the values, which fit by then, are cut off safely.
+    kind = next(np.dtype(each) for each in (np.int16, np.int32, np.int64) if rows * columns <= np.iinfo(each).max)
     counts, buffer = torch.zeros(rows * columns, dtype=torch.int64), np.empty(_PIECE, kind)
     # Read as unsigned numbers, negative ones are large: one comparison for both ends.
     prediction = prediction.view(f"u{prediction.dtype.itemsize}")
+    if first == 0:
+        reference = reference.view(f"u{reference.dtype.itemsize}")
     for start in range(0, len(prediction), _PIECE):
         column, row = prediction[start : start + _PIECE], reference[start : start + _PIECE]
-        if column.max() >= columns or row.min() < first or row.max() >= first + rows:
+        if column.max() >= columns or row.max() >= first + rows or (first < 0 and row.min() < first):
             return None
         pairs = buffer[: len(row)]
         np.subtract(row, first, out=pairs, dtype=kind, casting="unsafe")

@@ -199,3 +199,17 @@ def test_loads_by_path_offline(tmp_path, monkeypatch):
     metric = evaluate.load(mean_iou.__file__, num_labels=4, cache_dir=str(tmp_path))
     figures = metric.compute(predictions=PREDICTION[None], references=TRUTH[None])
     assert figures["mean_iou"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("classes", [127, 128, 200, 1000])
+def test_as_many_classes_as_narrow_numbers_do_not_hold(classes):
+    """127 · 256 pairs are the most that 16 bits hold."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, truth = torch.randint(0, classes, (2, 300, 301), generator=generator)
+    expected = torch.zeros(classes, classes, dtype=torch.int64)
+    expected.index_put_((truth.flatten(), prediction.flatten()), torch.tensor(1), accumulate=True)
+    assert torch.equal(confusion_counts(prediction, truth, classes, ignore_index=-1), expected)
+    ignored = expected.clone()
+    if classes > 255:
+        ignored[255] = 0
+    assert torch.equal(confusion_counts(prediction, truth, classes), ignored)
