@@ -86,6 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     3 says that the loss left the finite numbers.
     """
     arguments = parse(argv)
+    if arguments.plan:  # begins nothing that could go on: at SIGTERM `end_early` says so
+        try:
+            return run(arguments)
+        except KeyboardInterrupt:
+            print("interrupted: nothing was begun", file=sys.stderr)
+            return 130
     from gkd_hf.training.sigterm import interruptible
 
     goes_on = "the same command goes on from the last checkpoint, if there was one yet"
@@ -108,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
                 from gkd_hf.training.scale_table import scale_report
 
                 gc.enable()
-                print("\nworking out a step of every stage on paper: a minute or so", file=sys.stderr, flush=True)
+                print("\nworking out a step of every stage on paper: a minute or two", file=sys.stderr, flush=True)
                 print(f"\n{scale_report(recipe, question)}")
             return 0
     except InputError as error:

@@ -82,8 +82,9 @@ class EvaluationSettings:
             raise InputError(f"student is '{self.student}': choose from {', '.join(STUDENTS)}")
         if self.rounds < 1 or self.images < 1:
             raise InputError(f"{self.images} images in {self.rounds} rounds: give 1 or more of both")
-        if self.workers < 0 or self.classes < len(CLASSES):
-            raise InputError(f"{self.workers} workers, {self.classes} classes: 0 or more, {len(CLASSES)} or more")
+        for name, least in {"workers": 0, "classes": len(CLASSES)}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}: give {least} or more")
         check_device(self.device, self.precision)
 
 

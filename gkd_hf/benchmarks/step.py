@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gkd_hf.benchmarks.timing import check_device, machine, ratio, say, synchron
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform
-from gkd_hf.errors import InputError
+from gkd_hf.errors import InputError, nearest
 from gkd_hf.models.modeling_gkd import GKDStudentModel
 from gkd_hf.teacher import GKDTeacher
 from gkd_hf.training.arguments import GKDDistillationArguments
@@ -343,4 +344,9 @@ def known_peak(device_name: str) -> int | None:
 
 
 def _source(name: str) -> str | dict[str, Any]:
+    if name not in PRESETS and "/" not in name and not Path(name).exists():
+        known = ", ".join(PRESETS)
+        raise InputError(
+            f"unknown model '{name}'{nearest(name, PRESETS)}: give {known}, a Hub id ORG/NAME or a folder"
+        )
     return PRESETS.get(name, name)

@@ -73,7 +73,7 @@ def test_an_evaluation_is_measured_on_the_windows_that_it_forwards(monkeypatch):
     [
         ({"student": "vgg"}, "student is 'vgg': choose from resnet-18"),
         ({"images": 10, "rounds": 0}, "10 images in 0 rounds"),
-        ({"classes": 2}, "2 classes"),
+        ({"classes": 2}, "classes is 2: give 8 or more"),
         ({"precision": "fp16"}, "precision is 'fp16'"),
     ],
 )

@@ -149,6 +149,7 @@ def test_the_script_prints_a_table_and_json(
     "arguments, said",
     [
         (("--student", "no/such/folder/here"), "no/such/folder/here"),
+        (("--student", "vit-x"), "unknown model 'vit-x', did you mean 'vit-"),
         (("--batch-size", "1"), "batch_size is 1"),
         (("--precision", "fp16"), "precision is 'fp16'"),
         (("--threads", "0"), "threads is 0"),
