@@ -71,20 +71,19 @@ class GKDDistiller(nn.Module):
             The objective's named losses, and what its ``attention_statistics`` returns if asked for.
         """
         if self.early_backward and len(mask_rows) and torch.is_grad_enabled():
-            losses, seen = self._one_view_at_a_time(pixel_values, teacher_patches, teacher_cls, grid, mask_rows, masks)
-        else:
-            patches, masked_patches, cls, mask = self.views(pixel_values, grid, mask_rows, masks)
-            seen = patches[:2]
-            losses = self.objective(
-                student_patches=patches,
-                student_patches_masked=masked_patches,
-                student_cls=cls,
-                teacher_patches=teacher_patches,
-                teacher_cls=teacher_cls,
-                mask=mask,
-            )
+            taught = (teacher_patches, teacher_cls)
+            return self._one_view_at_a_time(taught, attention, pixel_values, grid, mask_rows, masks)
+        patches, masked_patches, cls, mask = self.views(pixel_values, grid, mask_rows, masks)
+        losses = self.objective(
+            student_patches=patches,
+            student_patches_masked=masked_patches,
+            student_cls=cls,
+            teacher_patches=teacher_patches,
+            teacher_cls=teacher_cls,
+            mask=mask,
+        )
         if attention:
-            losses |= self.objective.attention_statistics(seen, teacher_patches)
+            losses |= self.objective.attention_statistics(patches[:2], teacher_patches)
         return losses
 
     def views(
@@ -117,27 +116,25 @@ class GKDDistiller(nn.Module):
 
     def _one_view_at_a_time(
         self,
+        taught: tuple[Any, Any],
+        attention: bool,
         pixel_values: torch.Tensor,
-        teacher_patches: torch.Tensor | Sequence[torch.Tensor],
-        teacher_cls: torch.Tensor | Sequence[torch.Tensor],
         grid: tuple[int, int],
         mask_rows: torch.Tensor,
         masks: torch.Tensor,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return the losses, and B×N×C_s whole views' patch tokens of the first two samples."""
-        seen: list[torch.Tensor] = []
+    ) -> dict[str, torch.Tensor]:
+        """Return what `forward` does; ``taught`` is what teachers say of patches, and of classes."""
 
         def of_whole_images() -> dict[str, torch.Tensor]:
             patches, cls = self._whole_view(pixel_values, grid)
-            seen.append(patches[:2].detach().clone())
-            shown = _others(mask_rows, len(pixel_values))
-            return self.objective.whole_view(patches, cls, teacher_patches, teacher_cls, shown)
+            losses = self.objective.whole_view(patches, cls, *taught, _others(mask_rows, len(pixel_values)))
+            return losses | (self.objective.attention_statistics(patches[:2], taught[0]) if attention else {})
 
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         losses = backward_early(of_whole_images, trained)
-        masked = self._masked_view(pixel_values, grid, mask_rows, masks)
-        of_masked = self.objective.masked_view(masked, teacher_patches, teacher_cls, mask_rows, masks)
-        return {name: loss + of_masked[name] if name in of_masked else loss for name, loss in losses.items()}, seen[0]
+        patches = self._masked_view(pixel_values, grid, mask_rows, masks)
+        of_masked = self.objective.masked_view(patches, *taught, mask_rows, masks)
+        return {name: loss + of_masked[name] if name in of_masked else loss for name, loss in losses.items()}
 
 
 def _others(rows: torch.Tensor, count: int) -> torch.Tensor:
