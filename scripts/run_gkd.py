@@ -114,8 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
                 from gkd_hf.training.scale_table import scale_report
 
                 gc.enable()
-                print("\nworking out a step of every stage on paper: a minute or two", file=sys.stderr, flush=True)
-                print(f"\n{scale_report(recipe, question)}")
+                print("\nmemory and hours of every stage, a minute or two:", file=sys.stderr, flush=True)
+                report = scale_report(recipe, question, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+                print(f"\n{report}")
             return 0
     except InputError as error:
         return refused(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gkd_hf.methods import ONE_STAGE_METHODS
 from gkd_hf.training.plan import PlannedEncoder, planned_encoder, planned_teachers
 from gkd_hf.training.recipe import DistillationRecipe, Recipe, StageRecipe
@@ -23,8 +25,11 @@ _WIDTH = 11  # of a column of GB
 _PART = 22  # of the names of the parts
 
 
-def scale_report(recipe: Recipe, question: ScaleQuestion) -> str:
+def scale_report(recipe: Recipe, question: ScaleQuestion, tell: Callable[[str], object] = lambda line: None) -> str:
     """Return memory per GPU, operations and hours of every stage as text, without network, data or training.
+
+    Args:
+        tell: called with a line before each stage, of which one can take half a minute.
 
     Raises:
         InputError: what the plan itself finds wrong, for example an image size that does not suit the student.
@@ -40,6 +45,7 @@ def scale_report(recipe: Recipe, question: ScaleQuestion) -> str:
     ]
     for name, stage in recipe.stages:
         for each in (name, *(recipe.baselines if name == "task" else ())):
+            tell(f"working out a step of {each} on paper")
             lines += ["", *_stage_lines(recipe, each, stage, student, teachers, question)]
     return "\n".join(lines)
 
