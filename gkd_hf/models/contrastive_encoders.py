@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CLIPVisionModel, PreTrainedModel, Siglip2VisionModel, SiglipVisionModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .transformer_encoders import TransformerAdapter
@@ -17,7 +17,7 @@ from .transformer_encoders import TransformerAdapter
 class CLIPVisionAdapter(TransformerAdapter):
     """CLIP's vision tower. transformers applies its final norm to the class token only, here all tokens pass it."""
 
-    model_class = CLIPVisionModel
+    model_name = "CLIPVisionModel"
     native_mask = False
     kernel = "embeddings.patch_embedding.weight"
     positions = "embeddings.position_embedding.weight"
@@ -31,7 +31,7 @@ class SiglipVisionAdapter(TransformerAdapter):
     The class token is the mean of the patches: the tower has none, and its pooling head is left out.
     """
 
-    model_class = SiglipVisionModel
+    model_name = "SiglipVisionModel"
     native_mask = False
     kernel = "embeddings.patch_embedding.weight"
     positions = "embeddings.position_embedding.weight"
@@ -44,7 +44,7 @@ class SiglipVisionAdapter(TransformerAdapter):
 class Siglip2VisionAdapter(SiglipVisionAdapter):
     """SigLIP 2's vision tower for any aspect ratio (NaFlex). It resamples its table of positions to every size."""
 
-    model_class = Siglip2VisionModel
+    model_name = "Siglip2VisionModel"
     kernel_layout = "channels_last"
     positions = None
     arguments = {"pixel_attention_mask": None}

@@ -9,16 +9,8 @@ from operator import mul
 import torch
 from torch import nn
 from transformers import (
-    ConvNextModel,
-    ConvNextV2Model,
-    DINOv3ConvNextModel,
-    EfficientNetModel,
-    MobileNetV1Model,
-    MobileNetV2Model,
-    MobileViTModel,
     PreTrainedConfig,
     PreTrainedModel,
-    ResNetModel,
 )
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -32,7 +24,7 @@ logger = logging.get_logger(__name__)
 class ResNetAdapter(ListedStagesAdapter):
     """ResNet with any number of stages."""
 
-    model_class = ResNetModel
+    model_name = "ResNetModel"
     channels_last = True
     layer_classes = ("ResNetStage",)
 
@@ -53,7 +45,7 @@ class ConvNextAdapter(ListedStagesAdapter):
     patches without padding, so an image that does not fill them would lose its edge.
     """
 
-    model_class = ConvNextModel
+    model_name = "ConvNextModel"
     channels_last = True
     whole_patches = True
     final_norm = "layernorm"
@@ -80,13 +72,13 @@ class ConvNextAdapter(ListedStagesAdapter):
 class ConvNextV2Adapter(ConvNextAdapter):
     """ConvNeXt V2: the same stages, with a response normalisation in each block."""
 
-    model_class = ConvNextV2Model
+    model_name = "ConvNextV2Model"
 
 
 class DINOv3ConvNextAdapter(ConvNextAdapter):
     """DINOv3's ConvNeXt. Its norm is applied here: the model class hands out no map of its last stage."""
 
-    model_class = DINOv3ConvNextModel
+    model_name = "DINOv3ConvNextModel"
     final_norm = "layer_norm"
 
     @property
@@ -125,7 +117,7 @@ class _BatchNormAdapter(StageMapAdapter):
 class MobileNetV1Adapter(_BatchNormAdapter):
     """MobileNetV1: maps are the last 1×1 convolution of each resolution."""
 
-    model_class = MobileNetV1Model
+    model_name = "MobileNetV1Model"
     constructor = {"add_pooling_layer": False}
     layer_classes = ("MobileNetV1ConvLayer",)
     map_strides = (4, 8, 16, 32)
@@ -145,7 +137,7 @@ class MobileNetV2Adapter(_BatchNormAdapter):
     That is where the tokens are read, so a decode head sees what was distilled.
     """
 
-    model_class = MobileNetV2Model
+    model_name = "MobileNetV2Model"
     constructor = {"add_pooling_layer": False}
     layer_classes = ("MobileNetV2InvertedResidual",)
 
@@ -174,7 +166,7 @@ class EfficientNetAdapter(_BatchNormAdapter):
     halves an odd map, its one-sided padding would drop the edge.
     """
 
-    model_class = EfficientNetModel
+    model_name = "EfficientNetModel"
     whole_patches = True
     momentum = 0.01  # TensorFlow's decay of 0.99
     per_stage = ("in_channels", "out_channels", "strides", "kernel_sizes", "num_block_repeats", "expand_ratios")
@@ -223,7 +215,7 @@ class MobileViTAdapter(_BatchNormAdapter):
     are no multiples of twice the stride): no edge is lost, but the result is a little blurred, which a warning says.
     """
 
-    model_class = MobileViTModel
+    model_name = "MobileViTModel"
     incomplete = "those for segmentation leave out its last convolution, those for classification have it"
 
     @property

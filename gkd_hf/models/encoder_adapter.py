@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -40,7 +41,7 @@ class EncoderAdapter(ABC):
     """Base of the adapters: one architecture, described in one place.
 
     Attributes:
-        model_class: the transformers class that is trained and saved.
+        model_name: the transformers class that is trained and saved, `model_class`.
         native_mask: whether the model takes ``bool_masked_pos``; where it does not, the image is masked.
         kernel: name of the tensor that turns patches into tokens, where it can be resampled to another patch size.
         kernel_layout: "convolution" (C×3×P×P), "channels_first" (C×3PP) or "channels_last" (C×PP3).
@@ -58,7 +59,7 @@ class EncoderAdapter(ABC):
         extra: the package that transformers needs for this architecture, and the extra of this library that brings it.
     """
 
-    model_class: type[PreTrainedModel]
+    model_name: str
     native_mask = False
     kernel: str | None = None
     kernel_layout = "convolution"
@@ -77,6 +78,11 @@ class EncoderAdapter(ABC):
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The transformers class that is trained and saved; each is imported when it is first asked for."""
+        return getattr(transformers, self.model_name)
 
     def adjust(self, **fields: Any) -> None:
         """Set fields of ``config``, in a copy if they differ: the one given may be that of a live model."""

@@ -8,7 +8,7 @@ from operator import mul
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PvtV2Model, SegformerModel, SwinModel, Swinv2Model
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .encoder_adapter import EncoderOutput, whole
 from .errors import InputError
@@ -71,7 +71,7 @@ class _WindowAdapter(HierarchicalAdapter):
 class SwinAdapter(_WindowAdapter):
     """Swin."""
 
-    model_class = SwinModel
+    model_name = "SwinModel"
 
     def map_norms(self) -> nn.ModuleList:
         return nn.ModuleList(MapNorm(c, eps=1e-5, layout=torch.contiguous_format) for c in self.map_channels)
@@ -107,7 +107,7 @@ class Swinv2Adapter(_WindowAdapter):
     is what the position biases were learned for. A map that does not cut into windows is padded for the attention.
     """
 
-    model_class = Swinv2Model
+    model_name = "Swinv2Model"
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -170,7 +170,7 @@ class _ReducedAttentionAdapter(ListedStagesAdapter):
 class SegformerAdapter(_ReducedAttentionAdapter):
     """SegFormer's encoder, the Mix Transformer (MiT). Every stage ends with a norm, which its map has passed."""
 
-    model_class = SegformerModel
+    model_name = "SegformerModel"
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -181,7 +181,7 @@ class SegformerAdapter(_ReducedAttentionAdapter):
 class PvtV2Adapter(_ReducedAttentionAdapter):
     """PVT v2. Every stage ends with a norm, which its map has passed."""
 
-    model_class = PvtV2Model
+    model_name = "PvtV2Model"
     layer_classes = ("PvtV2BlockLayer",)
 
     @property

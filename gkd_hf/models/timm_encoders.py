@@ -67,6 +67,7 @@ class TimmAdapter(EncoderAdapter):
         InputError: timm has no such architecture, or one whose features have no such form.
     """
 
+    model_name = "TimmWrapperModel"
     whole_patches = True
     extra = "timm"
 
@@ -81,12 +82,6 @@ class TimmAdapter(EncoderAdapter):
         if self.anatomy.resizable and "dynamic_img_size" not in arguments:
             # Saved with the model, so that AutoModel builds one that takes the same images.
             self.adjust(model_args=arguments | {"dynamic_img_size": True})
-
-    @property
-    def model_class(self) -> type[PreTrainedModel]:
-        from transformers import TimmWrapperModel  # imports timm, which nothing else here needs
-
-        return TimmWrapperModel
 
     @property
     def width(self) -> int:

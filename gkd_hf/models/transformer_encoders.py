@@ -9,15 +9,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    DeiTModel,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    DINOv3ViTModel,
-    IJepaModel,
     PreTrainedConfig,
     PreTrainedModel,
-    RadioModel,
-    ViTModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -155,7 +148,7 @@ class TransformerAdapter(EncoderAdapter):
 class ViTAdapter(TransformerAdapter):
     """ViT, DeiT without its distillation token, DINO (model type ``vit``)."""
 
-    model_class = ViTModel
+    model_name = "ViTModel"
     constructor = {"add_pooling_layer": False, "use_mask_token": True}
     arguments = {"interpolate_pos_encoding": True}
     norm_epsilon = 1e-6  # DeiT's and DINO's; their conversions say 1e-12
@@ -165,7 +158,7 @@ class ViTAdapter(TransformerAdapter):
 class DeiTAdapter(ViTAdapter):
     """DeiT with a distillation token, which attends like a register: its own output is dropped (METHOD of GKD)."""
 
-    model_class = DeiTModel
+    model_name = "DeiTModel"
     prefix = 2
     position_prefix = 2
 
@@ -173,7 +166,7 @@ class DeiTAdapter(ViTAdapter):
 class IJepaAdapter(ViTAdapter):
     """I-JEPA, which has no class token: it is the mean of the patches."""
 
-    model_class = IJepaModel
+    model_name = "IJepaModel"
     prefix = 0
     position_prefix = 0
     pooler = False
@@ -182,7 +175,7 @@ class IJepaAdapter(ViTAdapter):
 class Dinov2Adapter(TransformerAdapter):
     """DINOv2 without registers."""
 
-    model_class = Dinov2Model
+    model_name = "Dinov2Model"
 
     @property
     def native_mask(self) -> bool:
@@ -192,7 +185,7 @@ class Dinov2Adapter(TransformerAdapter):
 class Dinov2WithRegistersAdapter(TransformerAdapter):
     """DINOv2 with registers, which come between class token and patches and have no positions."""
 
-    model_class = Dinov2WithRegistersModel
+    model_name = "Dinov2WithRegistersModel"
     antialias = True  # its authors resample its positions so
 
     @property
@@ -208,7 +201,7 @@ class DINOv3ViTAdapter(TransformerAdapter):
     that is not masked to be the same in both of the student's passes. What is saved does not change.
     """
 
-    model_class = DINOv3ViTModel
+    model_name = "DINOv3ViTModel"
     kernel = "embeddings.patch_embeddings.weight"
     positions = None
     final_norm = "norm"
@@ -230,7 +223,7 @@ class RadioAdapter(TransformerAdapter):
     table that it resamples to every size by itself. The class token is the mean of those that make its summary.
     """
 
-    model_class = RadioModel
+    model_name = "RadioModel"
     native_mask = False
     # Numbers of the configuration, though transformers keeps them among the weights.
     optional = (*TransformerAdapter.optional, "norm_mean", "norm_std", "summary_idxs")
