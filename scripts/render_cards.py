@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
 
 def recipe_card(path: Path) -> str:
     """The card that a run of this recipe would publish, without a run."""
-    from gkd_hf.hub.model_card import GKDModelCard, RepoNames
+    from gkd_hf.hub.model_card import GKDModelCard
+    from gkd_hf.hub.repo_names import RepoNames
     from gkd_hf.hub.run_facts import RunFacts
     from gkd_hf.training.recipe_file import load_recipe
 

@@ -32,8 +32,9 @@ from gkd_hf.hub.licences import (
     teacher_settings,
 )
 from gkd_hf.hub.onnx import onnx_usage
-from gkd_hf.hub.repo_names import segmenter_repo
-from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
+from gkd_hf.hub.repo_names import RepoNames
+from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts
+from gkd_hf.hub.short_paths import shortened
 from gkd_hf.methods import (
     FROZEN,
     METHODS,
@@ -82,24 +83,6 @@ MODEL_TITLES = {
     "timm_wrapper": "timm encoder",
     "vit": "ViT",
 }
-
-
-@dataclass(frozen=True)
-class RepoNames:
-    """What a reader types to load the two artefacts: Hub ids, or folders where nothing was pushed."""
-
-    encoder: str
-    segmenter: str
-    on_hub: bool = False
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any], repo_id: str | None = None) -> RepoNames:
-        """The names for `repo_id`; without one, the run's folders as the recipe has them."""
-        if repo_id is None:
-            folder = shortened(settings.get("output_dir") or ".")
-            return cls(f"{folder}/encoder", f"{folder}/segmenter")
-        task = (settings.get("stages") or {}).get("task")
-        return cls(repo_id, segmenter_repo(repo_id, task["data"]) if task else "", on_hub=True)
 
 
 @dataclass

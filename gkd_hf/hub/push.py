@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from gkd_hf.errors import InputError
-from gkd_hf.hub.model_card import GKDModelCard, RepoNames
+from gkd_hf.hub.model_card import GKDModelCard
+from gkd_hf.hub.repo_names import RepoNames
 from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.hub.upload import check_push_rights, check_repo_id, tell, upload
 

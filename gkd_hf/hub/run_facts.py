@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import posixpath
-import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gkd_hf.errors import InputError
 from gkd_hf.hub.native import Exported
+from gkd_hf.hub.short_paths import shortened, shortened_yaml
 
 FACTS_NAME = "card.json"
-
-# What an absolute path begins with; the paths of Windows too, from wherever a recipe may come.
-_ABSOLUTE = re.compile(r"file:|[A-Za-z]:[\\/]|\\\\|[/~]")
-# One inside other text, as in the reason why a row was skipped; not what follows `https:`.
-_PATH_INSIDE = re.compile(
-    r"(?<![\w:/\\.~-])(?:file:/*|[A-Za-z]:[\\/]+|\\\\|~|/)"
-    r"(?:[^\s/\\,;:'\"{}\[\]=]+[/\\]|[/\\])*([^\s/\\,;:'\"{}\[\]=]+)[/\\]?"
-)
 
 
 @dataclass
@@ -171,7 +160,7 @@ def command_line(argv: Sequence[str], processes: int) -> str:
     arguments = []
     for argument in argv[1:]:
         key, equals, value = argument.partition("=")
-        arguments.append(f"{key}={_shortened_yaml(value)}" if equals else _recipe_name(argument))
+        arguments.append(f"{key}={shortened_yaml(value)}" if equals else _recipe_name(argument))
     return " ".join([launcher, "scripts/run_gkd.py", *map(shlex.quote, arguments)])
 
 
@@ -180,43 +169,3 @@ def _recipe_name(argument: str) -> str:
     if path.parts[-3:-1] == ("scripts", "recipes"):
         return "/".join(path.parts[-3:])
     return shortened(argument)
-
-
-def _shortened_yaml(text: str) -> str:
-    """`shortened` for an override's value, which is YAML: a path in it may hold spaces, or lie in a mapping."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return shortened(text)
-    if isinstance(value, str):
-        return shortened(value)
-    short = shortened(value)
-    if short == value:
-        return text
-    return yaml.safe_dump(short, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()
-
-
-def shortened(value: Any) -> Any:
-    """The same nested plain value with every path out of the working directory cut to its last component."""
-    if isinstance(value, Mapping):
-        return {shortened(key): shortened(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [shortened(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    if "\n" not in value and _leads_out(value):
-        return _last_component(value)
-    return _PATH_INSIDE.sub(r"\1", value)
-
-
-def _leads_out(text: str) -> bool:
-    """Whether a text is one path, absolute or up from the working directory."""
-    if _ABSOLUTE.match(text):
-        return True
-    steps = text.replace("\\", "/")
-    return "://" not in text and posixpath.normpath(steps).split("/")[0] == ".."
-
-
-def _last_component(path: str) -> str:
-    parts = [part for part in re.split(r"[/\\]+", path) if part not in ("", ".", "..", "file:") and part[0] != "~"]
-    return parts[-1] if parts else "."

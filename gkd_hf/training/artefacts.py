@@ -18,7 +18,8 @@ from gkd_hf.evaluation.domain_report import DomainReport
 from gkd_hf.hub import handler
 from gkd_hf.hub.licences import may_be_shown
 from gkd_hf.hub.native import export_encoder, export_segmenter
-from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts, shortened
+from gkd_hf.hub.run_facts import ArtefactFacts, RunFacts
+from gkd_hf.hub.short_paths import shortened
 from gkd_hf.models.modeling_gkd import GKDStudentForSemanticSegmentation, GKDStudentModel
 from gkd_hf.models.pull import pulled_commit
 from gkd_hf.training.recipe import Recipe

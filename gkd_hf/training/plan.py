@@ -18,7 +18,7 @@ from gkd_hf.distillation.objective import OBJECTIVES
 from gkd_hf.distillation.one_stage import check_method
 from gkd_hf.distillation.token_store import token_bytes
 from gkd_hf.errors import InputError
-from gkd_hf.hub.model_card import RepoNames
+from gkd_hf.hub.repo_names import RepoNames
 from gkd_hf.methods import METHODS, ONE_STAGE_METHODS
 from gkd_hf.models.configuration_gkd import GKDStudentConfig
 from gkd_hf.models.encoders import adapter_for, common_grid

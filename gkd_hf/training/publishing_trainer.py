@@ -13,9 +13,11 @@ from transformers import Trainer
 
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import package_versions
-from gkd_hf.hub.model_card import GKDModelCard, RepoNames
+from gkd_hf.hub.model_card import GKDModelCard
 from gkd_hf.hub.push import push_folder
-from gkd_hf.hub.run_facts import RunFacts, StageRecorder, shortened
+from gkd_hf.hub.repo_names import RepoNames
+from gkd_hf.hub.run_facts import RunFacts, StageRecorder
+from gkd_hf.hub.short_paths import shortened
 from gkd_hf.training.arguments import PUSH_REFUSED
 from gkd_hf.training.sharding import whole_state_dict
 

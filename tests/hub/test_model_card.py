@@ -17,10 +17,12 @@ from PIL import Image
 
 from gkd_hf.evaluation.report_text import percent, signed
 from gkd_hf.hub.licences import Terms, derived_licence, weight_terms
-from gkd_hf.hub.model_card import ARXIV, TEMPLATE, GKDModelCard, RepoNames
+from gkd_hf.hub.model_card import ARXIV, TEMPLATE, GKDModelCard
 from gkd_hf.hub.onnx import onnx_usage
 from gkd_hf.hub.push import write_cards
-from gkd_hf.hub.run_facts import RunFacts, StageRecorder, command_line, shortened
+from gkd_hf.hub.repo_names import RepoNames
+from gkd_hf.hub.run_facts import RunFacts, StageRecorder, command_line
+from gkd_hf.hub.short_paths import shortened
 from gkd_hf.training.recipe_file import load_recipe
 from tests.hub.runs import ROOT, finished_run, invented_image, report_of
 from tests.hub.server import LoopbackHub

@@ -9,7 +9,8 @@ import pytest
 
 from gkd_hf.distillation.one_stage import ONE_STAGE
 from gkd_hf.hub.licences import ingredients, teacher_settings
-from gkd_hf.hub.model_card import STAGES, GKDModelCard, RepoNames
+from gkd_hf.hub.model_card import STAGES, GKDModelCard
+from gkd_hf.hub.repo_names import RepoNames
 from gkd_hf.hub.run_facts import RunFacts, StageFacts
 from gkd_hf.methods import METHODS
 from gkd_hf.training import artefacts

@@ -12,7 +12,8 @@ from gkd_hf.data.domains import LABEL_SPACES
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation.domain_report import DomainReport, DomainResult
 from gkd_hf.hub.licences import ingredients
-from gkd_hf.hub.model_card import GKDModelCard, RepoNames
+from gkd_hf.hub.model_card import GKDModelCard
+from gkd_hf.hub.repo_names import RepoNames
 from gkd_hf.hub.run_facts import RunFacts
 from gkd_hf.training.checks import train_steps
 from gkd_hf.training.plan import plan
