@@ -6,6 +6,8 @@ Importing this package registers the student with transformers' Auto classes.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 from gkd_hf.auto_classes import register
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
     from gkd_hf.training.segmentation_trainer import GKDSegmentationTrainer
 
 __version__ = "0.1.0"
+
+# Said here, where every script comes by, rather than by whichever module is imported first.
+_missing = [each for each in ("torch", "transformers", "omegaconf") if importlib.util.find_spec(each) is None]
+if _missing:
+    raise ImportError(
+        f"gkd_hf needs {', '.join(_missing)}, which {sys.executable} does not have: use the environment that "
+        "./scripts/quickstart sets up (source .venv/bin/activate), or install the checkout with pip install -e ."
+    )
 
 register()
 

@@ -125,15 +125,20 @@ def _resized(
     )
     reach = sum((length - 1) * step for length, step in zip(averaged.shape, averaged.stride(), strict=True))
     flat = averaged.as_strided((reach + 1,), (1,))  # whichever axis is innermost
-    starts = (chosen[:, :, None] * by_class + down.sources[i][:, None] * by_row)[..., None]
-    near, far = (flat.take(starts + places[j][:, None, None] * by_column) for places in (across.near, across.far))
-    wide = _blend(near, far, across.weight[j][:, None, None])
-    # Whole rows are copied at once.
-    starts, wide = (torch.arange(n * k) * wide.shape[2]).view(n, k, 1), wide.flatten(0, 2)
-    near, far = (
-        wide.index_select(0, (starts + places[i][:, None]).flatten()).view(n, k, SIDE, SIDE) for places in down.within
-    )
-    return _blend(near, far, down.weight[i][:, None, :, None])
+    starts = chosen[:, :, None, None] * by_class + down.sources[i][:, None, None] * by_row
+    # The columns of a tile's source one after the other, each from the top down: whole ones are copied at once.
+    block = flat.take(starts + across.sources[j][:, None, :, None] * by_column)
+    wide = _blend(*_pick(block, across.within[:, j]), across.weight[j][:, None, :, None]).transpose(2, 3).contiguous()
+    return _blend(*_pick(wide, down.within[:, i]), down.weight[i][:, None, :, None])
+
+
+def _pick(parts: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
+    """For tiles n, the near and the far ``places`` (2×n×SIDE) along axis 2 of n×k×F×…: two of n×k×SIDE×…"""
+    n, k, length = parts.shape[:3]
+    starts, parts_by_place = (torch.arange(n * k) * length).view(n, k, 1), parts.flatten(0, 2)
+    return [
+        parts_by_place.index_select(0, (starts + each[:, None]).flatten()).view(n, k, SIDE, -1) for each in places
+    ]
 
 
 def _blend(near: torch.Tensor, far: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -147,13 +152,11 @@ class _LabelAxis:
 
     Attributes:
         sources: tiles×F, all pixels of the image that a tile is blended of.
-        near, far: tiles×SIDE, which two. within: where these stand among ``sources``, 2×tiles×SIDE.
+        within: 2×tiles×SIDE, where the near and the far one stand among ``sources``.
         weight: tiles×SIDE, of the far one.
     """
 
     sources: torch.Tensor
-    near: torch.Tensor
-    far: torch.Tensor
     within: torch.Tensor
     weight: torch.Tensor
 
@@ -169,7 +172,7 @@ class _LabelAxis:
         near, far, weight = near[places], far[places], weight[places]
         first, last = near[:, :1], far[:, -1:]
         sources = torch.minimum(first + torch.arange(int((last - first).max()) + 1), last)
-        return _LabelAxis(sources, near, far, torch.stack([near - first, far - first]), weight)
+        return _LabelAxis(sources, torch.stack([near - first, far - first]), weight)
 
 
 @dataclass(frozen=True)
