@@ -69,7 +69,7 @@ class EvaluationSettings:
     student: str = "resnet-18"
     classes: int = 19
     images: int = 100
-    rounds: int = 1
+    rounds: int = 3
     workers: int = 1
     window: int = 512
     stride: int = 341

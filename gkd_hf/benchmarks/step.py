@@ -84,7 +84,7 @@ class StepSettings:
     precision: str = "fp32"
     device: str = "cpu"
     early_backward: bool | None = None
-    rounds: int = 5
+    rounds: int = 15
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
