@@ -117,12 +117,7 @@ def _resized(
     Rounded as by PyTorch's bilinear kernel: rows before columns, of each pair the far product by itself and the near
     one with the sum.
     """
-    (down, across), (i, j), (n, k), (by_class, by_row, by_column) = (
-        axes,
-        tiles.unbind(1),
-        chosen.shape,
-        averaged.stride(),
-    )
+    (down, across), (i, j), (by_class, by_row, by_column) = axes, tiles.unbind(1), averaged.stride()
     reach = sum((length - 1) * step for length, step in zip(averaged.shape, averaged.stride(), strict=True))
     flat = averaged.as_strided((reach + 1,), (1,))  # whichever axis is innermost
     starts = chosen[:, :, None, None] * by_class + down.sources[i][:, None, None] * by_row
@@ -133,12 +128,10 @@ def _resized(
 
 
 def _pick(parts: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
-    """For tiles n, the near and the far ``places`` (2×n×SIDE) along axis 2 of n×k×F×…: two of n×k×SIDE×…"""
+    """What stands at the near and at the far ``places``, 2×n×SIDE, of n×k×F×m along F: two of n×k×SIDE×m."""
     n, k, length = parts.shape[:3]
     starts, parts_by_place = (torch.arange(n * k) * length).view(n, k, 1), parts.flatten(0, 2)
-    return [
-        parts_by_place.index_select(0, (starts + each[:, None]).flatten()).view(n, k, SIDE, -1) for each in places
-    ]
+    return [parts_by_place.index_select(0, (starts + each[:, None]).flatten()).view(n, k, SIDE, -1) for each in places]
 
 
 def _blend(near: torch.Tensor, far: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
