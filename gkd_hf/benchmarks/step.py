@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from gkd_hf.training.live_memory import LiveMemory
 
 MIB = 2**20
 PARTS = ("data", "teacher", "student", "heads", "optimiser")
+_PARTS_ROUNDS = 5
 
 
 def _dinov2(width: int, depth: int = 12) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = say) -> dict[s
             peaks[name], counted = peak_bytes(arm, device)
             flops = counted if name == "ours" else flops
         tell("timing the parts of a step")
-        parts = {name: parts_seconds(arm, device) for name, arm in arms.items()}
+        parts = parts_seconds(arms, device, min(settings.rounds, _PARTS_ROUNDS))
         steps = {name: arm.step for name, arm in arms.items()}
         tell(f"timing {settings.rounds} steps of each arm in turn")
         # Each has warmed up by now.
@@ -287,14 +288,14 @@ def peak_bytes(arm: Arm, device: torch.device) -> tuple[int, int]:
     return sum(own.values()) + most, memory.flops
 
 
-def parts_seconds(arm: Arm, device: torch.device, repeats: int = 2) -> dict[str, float]:
-    """Return the seconds of each of `PARTS`, forward and backward together, the least of ``repeats`` steps.
+def parts_seconds(arms: Mapping[str, Arm], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the seconds of each of `PARTS` by arm, forward and backward together: medians over steps in turn.
 
     Heads and student are cut apart at the student's tokens: the heads' backward pass ends, and the student's begins,
     with their gradients. Waiting for the device between the parts costs a little, so they add up to more than a step.
     """
-    runs = [_parts(arm, device) for _ in range(repeats)]
-    return {part: min(run[part] for run in runs) for part in PARTS}
+    runs = [{name: _parts(arm, device) for name, arm in arms.items()} for _ in range(rounds)]
+    return {name: {part: statistics.median(run[name][part] for run in runs) for part in PARTS} for name in arms}
 
 
 def _parts(arm: Arm, device: torch.device) -> dict[str, float]:
