@@ -98,6 +98,7 @@ class DistillationRecipe(StageRecipe):
     erase_probability: float = 0.25
     views: int | None = None  # fixed augmentations of each image, which passes take in turn; None: a new one each time
     teacher_cache: str | None = None  # folder that keeps the teacher's tokens of these views, for other runs, too
+    early_backward: bool | None = None  # the first view's backward pass before the second's forward; None: on GPUs
     mask_probability: float = 0.5
     mask_ratio: float = 0.5
     token_weight: float = 1.0

@@ -207,6 +207,10 @@ def _check_stage(key: str, stage: StageRecipe, origin: str, one_of: Any, known_d
         len(stage.crop_scale) != 2 or not 0 < stage.crop_scale[0] <= stage.crop_scale[1] <= 1
     ):
         raise InputError(f"{origin}: {key}.crop_scale is {stage.crop_scale}: give [smallest, largest] within (0, 1]")
+    if isinstance(stage, DistillationRecipe) and stage.early_backward and stage.compile:
+        raise InputError(
+            f"{origin}: {key}.early_backward does not go through torch.compile: leave it or {key}.compile out"
+        )
     if isinstance(stage, DistillationRecipe) and stage.teacher_cache is not None:
         if stage.views is None:
             raise InputError(

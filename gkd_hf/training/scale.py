@@ -284,8 +284,9 @@ def stage_scale(recipe: Recipe, name: str, stage: StageRecipe, student: object, 
             **settings,
         )
         # Compiled and sharded steps keep both views' activations.
-        step = distillation(early_backward=not stage.compile)
-        sharded_costs = None if stage.compile else distillation().costs(batches)
+        early = not stage.compile if stage.early_backward is None else stage.early_backward
+        step = distillation(early_backward=early)
+        sharded_costs = distillation().costs(batches) if early else None
     else:
         settings |= {
             "decode_head": stage.decode_head,

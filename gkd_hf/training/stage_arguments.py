@@ -32,6 +32,7 @@ DISTILLATION_SETTINGS = (
     "query_warmup_steps",
     "attention_scale",
     "teacher_cache",
+    "early_backward",
 )
 
 

@@ -20,6 +20,7 @@ FREE_SETTINGS = (
     "workers",
     "compile",
     "activation_checkpointing",
+    "early_backward",
     "sharding",
     "window",
     "stride",

@@ -9,6 +9,14 @@ import torch
 
 from gkd_hf import GKDDistillationArguments
 from gkd_hf.errors import InputError
+from gkd_hf.models.loading import config_from_mapping
+from gkd_hf.training import scale
+from gkd_hf.training.plan import PlannedEncoder
+from gkd_hf.training.recipe_data import RecipeData
+from gkd_hf.training.stage_arguments import stage_arguments
+from gkd_hf.training.stage_settings import stage_folders
+from tests.tiny import ENCODERS
+from tests.training import test_teacher_cache_recipe as recipes
 from tests.training import test_trainers as single
 
 
@@ -51,3 +59,29 @@ def test_what_does_not_bear_it_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(InputError, match="FSDP or DeepSpeed: leave it out"):
         trainer._runs_backward_early()
+
+
+def test_a_recipe_switches_it_and_its_stage_goes_on_either_way(tmp_path: Path) -> None:
+    given = {switch: recipes.recipe(tmp_path, early_backward=switch) for switch in (None, False, True)}
+    settings = []
+    for switch, recipe in given.items():
+        stage = recipe.stages.domain_agnostic
+        assert stage_arguments(recipe, "domain_agnostic", stage, tmp_path, 4, 1).early_backward is switch
+        settings.append(stage_folders(recipe, RecipeData(recipe))["domain_agnostic"].settings)
+    assert settings[0] == settings[1] == settings[2]
+    with pytest.raises(InputError, match="domain_agnostic.early_backward does not go through torch.compile"):
+        recipes.recipe(tmp_path, early_backward=True, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, True), ({"early_backward": True}, True), ({"early_backward": False}, False), ({"compile": True}, False)],
+)
+def test_a_plan_reckons_with_what_the_recipe_says(
+    changes: dict[str, bool], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale.DistillationStep, "costs", lambda step, batches: {False: step.early_backward})
+    recipe = recipes.recipe(tmp_path, **changes)
+    encoder = PlannedEncoder("student", config_from_mapping(ENCODERS["vit"]), False)
+    planned = scale.stage_scale(recipe, "domain_agnostic", recipe.stages.domain_agnostic, encoder, encoder)
+    assert planned.costs[False] is expected and planned.sharded_costs[False] is False
