@@ -100,9 +100,15 @@ def _counts_on_host(
     rows = last - first + 1
     threads = max(1, min(torch.get_num_threads(), len(prediction) // _PIECE))
     share = -(-len(prediction) // threads)
-    parts = zip(prediction.split(share), reference.split(share), strict=True) if len(prediction) else ()
-    with ThreadPoolExecutor(threads) as pool:  # numpy and torch both let go of the interpreter while they count
-        found = list(pool.map(lambda part: _pairs(part[0].numpy(), part[1].numpy(), first, rows, num_labels), parts))
+    own, *others = zip(prediction.split(share), reference.split(share), strict=True)
+
+    def count(part: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
+        return _pairs(part[0].numpy(), part[1].numpy(), first, rows, num_labels)
+
+    # numpy and torch let go of the interpreter while they count. One share is counted here: a thread less to wake.
+    with ThreadPoolExecutor(threads) as pool:
+        counting = pool.map(count, others)
+        found = [count(own), *counting]
     if any(part is None for part in found):
         return None
     by_row = sum(found, torch.zeros(rows * num_labels, dtype=torch.int64)).reshape(rows, num_labels)
@@ -118,7 +124,7 @@ def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int,
     """
     # As narrow as can be: more of them are computed at once, and the values, which fit by then, are cut off safely.
     kind = next(np.dtype(each) for each in (np.int16, np.int32, np.int64) if rows * columns <= np.iinfo(each).max)
-    counts, buffer = torch.zeros(rows * columns, dtype=torch.int64), np.empty(_PIECE, kind)
+    counts, (pairs, narrow) = torch.zeros(rows * columns, dtype=torch.int64), np.empty((2, _PIECE), kind)
     # Read as unsigned numbers, negative ones are large: one comparison for both ends.
     prediction = prediction.view(f"u{prediction.dtype.itemsize}")
     if first == 0:
@@ -127,10 +133,13 @@ def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int,
         column, row = prediction[start : start + _PIECE], reference[start : start + _PIECE]
         if column.max() >= columns or row.max() >= first + rows or (first < 0 and row.min() < first):
             return None
-        pairs = buffer[: len(row)]
-        np.subtract(row, first, out=pairs, dtype=kind, casting="unsafe")
+        pairs, narrow = pairs[: len(row)], narrow[: len(row)]
+        np.copyto(pairs, row, casting="unsafe")
+        np.copyto(narrow, column, casting="unsafe")
+        if first:
+            pairs -= first
         pairs *= columns
-        np.add(pairs, column, out=pairs, dtype=kind, casting="unsafe")
+        pairs += narrow
         counts += torch.bincount(torch.from_numpy(pairs), minlength=len(counts))
     return counts
 
