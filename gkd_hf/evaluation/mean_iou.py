@@ -15,6 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from gkd_hf.errors import InputError
 
@@ -44,7 +45,10 @@ _CITATION = """
 
 
 def confusion_counts(
-    prediction: torch.Tensor, reference: torch.Tensor, num_labels: int, ignore_index: int = IGNORE_INDEX
+    prediction: torch.Tensor | ArrayLike,
+    reference: torch.Tensor | ArrayLike,
+    num_labels: int,
+    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Count how often each true class was predicted as each class.
 
@@ -52,18 +56,19 @@ def confusion_counts(
     for one number: how many values lie outside the classes.
 
     Args:
-        prediction: integer tensor of any shape, values 0..num_labels-1.
-        reference: integer tensor of the same shape, values 0..num_labels-1 or `ignore_index` (not counted).
+        prediction: integers of any shape, 0..num_labels-1: a tensor, or what numpy makes an array of.
+        reference: the same, 0..num_labels-1 or `ignore_index` (not counted).
         ignore_index: within -65536..65535.
 
     Returns:
         int64 tensor of shape num_labels×num_labels on `prediction`'s device: rows are truth, columns prediction.
 
     Raises:
-        InputError: one of the two is of a floating type or boolean, the shapes differ, or a value lies outside the
-            classes (the message names the values). An ignored pixel is no excuse for a prediction outside the
-            classes: no segmenter can produce one.
+        InputError: one of the two is missing, of a floating type or boolean, or no numbers; the shapes differ; or a
+            value lies outside the classes (the message names the values). An ignored pixel is no excuse for a
+            prediction outside the classes: no segmenter can produce one.
     """
+    prediction, reference = _tensor(prediction, "prediction"), _tensor(reference, "reference")
     for what, labels in (("prediction", prediction), ("reference", reference)):
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise InputError(
@@ -74,8 +79,7 @@ def confusion_counts(
             f"Prediction of shape {tuple(prediction.shape)} and reference of shape {tuple(reference.shape)} differ; "
             "resize the prediction to the label's size first."
         )
-    if not -65536 <= ignore_index <= 65535:
-        raise InputError(f"ignore_index is {ignore_index}: give a label value within -65536..65535.")
+    _check_ignored(ignore_index)
     prediction, reference = prediction.flatten(), reference.to(prediction.device).flatten()
     # The host's way keeps a row for every value up to the ignored one, and all of them should stay in the cache.
     on_host = prediction.device.type == "cpu" and abs(ignore_index) < max(_NEAR, num_labels)
@@ -125,10 +129,7 @@ def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int,
     # As narrow as can be: more of them are computed at once, and the values, which fit by then, are cut off safely.
     kind = next(np.dtype(each) for each in (np.int16, np.int32, np.int64) if rows * columns <= np.iinfo(each).max)
     counts, (pairs, narrow) = torch.zeros(rows * columns, dtype=torch.int64), np.empty((2, _PIECE), kind)
-    # Read as unsigned numbers, negative ones are large: one comparison for both ends.
-    prediction = prediction.view(f"u{prediction.dtype.itemsize}")
-    if first == 0:
-        reference = reference.view(f"u{reference.dtype.itemsize}")
+    prediction, reference = _unsigned(prediction, columns), _unsigned(reference, rows) if first == 0 else reference
     for start in range(0, len(prediction), _PIECE):
         column, row = prediction[start : start + _PIECE], reference[start : start + _PIECE]
         if column.max() >= columns or row.max() >= first + rows or (first < 0 and row.min() < first):
@@ -142,6 +143,13 @@ def _pairs(prediction: np.ndarray, reference: np.ndarray, first: int, rows: int,
         pairs += narrow
         counts += torch.bincount(torch.from_numpy(pairs), minlength=len(counts))
     return counts
+
+
+def _unsigned(values: np.ndarray, count: int) -> np.ndarray:
+    """Integers read as unsigned numbers, where negative ones are ``count`` or more: one comparison for both ends."""
+    if values.dtype.kind == "i" and count > np.iinfo(values.dtype).max + 1:
+        values = values.astype(np.int64)
+    return values.view(f"u{values.dtype.itemsize}")
 
 
 def _counts_on_device(
@@ -158,6 +166,26 @@ def _counts_on_device(
     counts = torch.zeros(cells + 2, dtype=torch.int64, device=pairs.device)
     counts.scatter_add_(0, pairs, torch.ones_like(counts[:1]).expand_as(pairs))
     return None if counts[-1].item() else counts[:cells].reshape(num_labels, num_labels)
+
+
+def _tensor(labels: Any, what: str) -> torch.Tensor:
+    if isinstance(labels, torch.Tensor):
+        return labels
+    if labels is None:
+        raise InputError(f"The {what} is missing: give class indices, one for each pixel.")
+    try:
+        array = np.asarray(labels)
+        # A picture of PIL's lends its memory for reading alone, which torch warns of.
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The {what} is no array of numbers ({type(labels).__name__}): give class indices."
+        ) from error
+
+
+def _check_ignored(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or not -65536 <= ignore_index <= 65535:
+        raise InputError(f"ignore_index is {ignore_index!r}: give a label value within -65536..65535.")
 
 
 def _require_classes(values: torch.Tensor, num_labels: int, what: str, also: str) -> None:
@@ -198,12 +226,20 @@ class MeanIoU(evaluate.Metric):
         ignore_index: the reference value that marks pixels not to be counted.
 
     Raises:
-        InputError: `num_labels` is not positive; an added value lies outside the classes (see `confusion_counts`).
+        InputError: `num_labels` is no positive whole number, or `ignore_index` out of range; what is added is not as
+            `confusion_counts` wants it.
+
+    Example:
+        >>> metric = MeanIoU(num_labels=2)
+        >>> metric.add(prediction=[[0, 1], [1, 1]], reference=[[0, 1], [0, 255]])
+        >>> metric.compute()["mean_iou"]
+        0.5
     """
 
     def __init__(self, num_labels: int, ignore_index: int = IGNORE_INDEX, **evaluate_options: Any) -> None:
-        if num_labels < 1:
-            raise InputError(f"num_labels is {num_labels}; a segmentation metric needs at least one class.")
+        if not isinstance(num_labels, int) or num_labels < 1:
+            raise InputError(f"num_labels is {num_labels!r}; a segmentation metric needs at least one class.")
+        _check_ignored(ignore_index)
         super().__init__(**evaluate_options)
         self.num_labels = num_labels
         self.ignore_index = ignore_index
@@ -234,13 +270,15 @@ class MeanIoU(evaluate.Metric):
         """Count one H×W prediction against its reference."""
         if self._computed:
             self._start()
-        counts = confusion_counts(_tensor(prediction), _tensor(reference), self.num_labels, self.ignore_index)
+        counts = confusion_counts(prediction, reference, self.num_labels, self.ignore_index)
         # Summed where the predictions are: of a pair on a GPU the host waits for one number alone, how many values
         # lie outside the classes.
         self.confusion = self.confusion.to(counts.device) + counts
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
         """Count a batch: two B×H×W arrays or tensors, or two lists of H×W maps of any sizes."""
+        if predictions is None or references is None:
+            raise InputError(f"The {'predictions are' if predictions is None else 'references are'} missing.")
         if len(predictions) != len(references):
             raise InputError(f"A batch of {len(predictions)} predictions came with {len(references)} references.")
         for prediction, reference in zip(predictions, references, strict=True):
@@ -248,6 +286,7 @@ class MeanIoU(evaluate.Metric):
 
     def merge(self, confusion: torch.Tensor) -> None:
         """Add the C×C count of another process or another run."""
+        confusion = _tensor(confusion, "confusion count")
         if confusion.shape != self.confusion.shape:
             raise InputError(
                 f"A confusion count of shape {tuple(confusion.shape)} cannot be merged into one of "
@@ -267,7 +306,3 @@ class MeanIoU(evaluate.Metric):
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, Any]:
         # `evaluate` wants this method; it would be given stored predictions, and add_batch stores none.
         return scores(self.confusion)
-
-
-def _tensor(labels: Any) -> torch.Tensor:
-    return labels if isinstance(labels, torch.Tensor) else torch.from_numpy(np.asarray(labels))

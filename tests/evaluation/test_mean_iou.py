@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gkd_hf.errors import InputError
 from gkd_hf.evaluation import mean_iou
@@ -213,3 +214,44 @@ def test_as_many_classes_as_narrow_numbers_do_not_hold(classes):
     if classes > 255:
         ignored[255] = 0
     assert torch.equal(confusion_counts(prediction, truth, classes), ignored)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda metric: metric.add(prediction=[[1]]), "The reference is missing"),
+        (lambda metric: metric.add_batch(predictions=[[[1]]]), "The references are missing"),
+        (lambda metric: metric.add(prediction=[[1], [1, 0]], reference=[[1]]), r"prediction is no array .*\(list\)"),
+        (lambda metric: metric.merge("counts"), r"The confusion count is no array of numbers \(str\)"),
+        (lambda metric: MeanIoU(3.0), "num_labels is 3.0"),
+        (lambda metric: MeanIoU("3"), "num_labels is '3'"),
+        (lambda metric: MeanIoU(3, ignore_index=None), "ignore_index is None"),
+        (lambda metric: MeanIoU(3, ignore_index=99999), "ignore_index is 99999"),
+    ],
+)
+def test_what_is_no_label_map_is_told(call, message):
+    with pytest.raises(InputError, match=message):
+        call(MeanIoU(num_labels=2))
+
+
+def test_what_numpy_reads_is_counted(recwarn):
+    """Also a picture, whose memory may only be read, which torch would warn of."""
+    truth = np.array([[0, 1], [1, 255]], np.uint8)
+    for prediction in ([[0, 1], [0, 1]], Image.fromarray(np.array([[0, 1], [0, 1]], np.uint8))):
+        assert confusion_counts(prediction, Image.fromarray(truth), 2).tolist() == [[1, 0], [1, 1]]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "classes", "message"),
+    [
+        ([0, 1, 1], [0, 1, -1], 2, "reference holds the values -1,"),
+        ([0, 1, -107], [0, 1, 1], 150, "prediction holds the values -107,"),
+        ([0, 1, 1], [0, 1, -107], 150, "reference holds the values -107,"),
+    ],
+)
+def test_a_negative_byte_is_no_class_and_not_the_ignored_one(prediction, truth, classes, message):
+    """Which it is where it is read as 256 more."""
+    with pytest.raises(InputError, match=message):
+        confusion_counts(*(torch.tensor(each, dtype=torch.int8) for each in (prediction, truth)), classes)
+    assert confusion_counts(*(torch.tensor([0, 1, 127], dtype=torch.int8),) * 2, 150).sum() == 3
