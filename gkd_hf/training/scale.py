@@ -105,6 +105,16 @@ class StageScale:
         """Whether the recipe has the stage compute activations again, and something is trained that can."""
         return self.stage.activation_checkpointing and self.costs[True] is not None
 
+    @property
+    def refuses_fsdp(self) -> bool:
+        """Whether the recipe asks for what does not go with FSDP2."""
+        return isinstance(self.stage, DistillationRecipe) and bool(self.stage.early_backward)
+
+    @property
+    def runs_backward_early(self) -> bool:
+        """Whether DDP keeps one view's activations at a time, and FSDP2 both."""
+        return self.sharded_costs is not self.costs
+
     def shares(self, gpus: int, accumulation: int | None = None) -> bool:
         """Whether the stage's batch can be shared by so many GPUs."""
         return self.stage.batch_size % (gpus * (accumulation or self.stage.gradient_accumulation_steps)) == 0
@@ -118,9 +128,9 @@ class StageScale:
         return masked_images(stage.mask_probability, images) == 0
 
     def layouts(self, gpus: int, accumulation: int | None = None) -> Iterator[Layout]:
-        """DDP and, on several GPUs, FSDP2, each without and with activation checkpointing where there is such."""
+        """DDP and, on several GPUs, FSDP2 if it can be, each without and with activation checkpointing if there is."""
         accumulation = accumulation or self.stage.gradient_accumulation_steps
-        for fsdp in (False, True) if gpus > 1 else (False,):
+        for fsdp in (False, True) if gpus > 1 and not self.refuses_fsdp else (False,):
             for checkpointing in (False, True) if self.costs[True] else (False,):
                 yield Layout(gpus, accumulation, fsdp, checkpointing)
 
@@ -202,7 +212,7 @@ class StageScale:
         own = Layout(gpus, self.stage.gradient_accumulation_steps, False, self.recomputes)
         found = []
         for fsdp, checkpointing in ((False, False), (False, True), (True, False), (True, True)):
-            if (fsdp and gpus == 1) or (checkpointing and not self.costs[True]):
+            if (fsdp and (gpus == 1 or self.refuses_fsdp)) or (checkpointing and not self.costs[True]):
                 continue
             checkpointing = checkpointing or own.checkpointing
             for accumulation in self._accumulations(gpus):

@@ -89,6 +89,10 @@ def _heading(scale: StageScale, steps: int | None, baselines: list[str]) -> list
         f"  {precision}{_teacher(scale)}",
         f"  {work}",
     ]
+    if scale.refuses_fsdp:
+        lines.append("  no fsdp2: early_backward does not go with it")
+    elif scale.runs_backward_early:
+        lines.append("  ddp: activations of one view at a time (early_backward); fsdp2 keeps both views'")
     if scale.name == "task" and baselines:
         lines.append("  no +ac: where there are baselines, activation_checkpointing is for them alone")
     elif scale.costs[True] is None:

@@ -85,3 +85,8 @@ def test_a_plan_reckons_with_what_the_recipe_says(
     encoder = PlannedEncoder("student", config_from_mapping(ENCODERS["vit"]), False)
     planned = scale.stage_scale(recipe, "domain_agnostic", recipe.stages.domain_agnostic, encoder, encoder)
     assert planned.costs[False] is expected and planned.sharded_costs[False] is False
+    assert planned.runs_backward_early is expected
+    # What FSDP2 refuses when the training starts is not advised before.
+    planned.costs[True] = None
+    shardings = {layout.fsdp for layout in planned.layouts(8)}
+    assert shardings == ({False} if changes.get("early_backward") else {False, True})
