@@ -6,8 +6,8 @@ Importing this package registers the student with transformers' Auto classes.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from gkd_hf.auto_classes import register
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Said here, where every script comes by, rather than by whichever module is imported first.
-_missing = [each for each in ("torch", "transformers", "omegaconf") if importlib.util.find_spec(each) is None]
+# What nothing here does without; said at once, and not by whichever module comes first.
+_missing = [each for each in ("torch", "transformers") if each not in sys.modules and find_spec(each) is None]
 if _missing:
     raise ImportError(
-        f"gkd_hf needs {', '.join(_missing)}, which {sys.executable} does not have: use the environment that "
-        "./scripts/quickstart sets up (source .venv/bin/activate), or install the checkout with pip install -e ."
+        f"gkd_hf needs {', '.join(_missing)}, which {sys.executable} does not have: activate the environment "
+        "that ./scripts/quickstart sets up (source .venv/bin/activate), or install the checkout with pip install -e ."
     )
 
 register()

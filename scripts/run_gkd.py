@@ -100,9 +100,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan or run a recipe; return the exit code."""
-    from gkd_hf.errors import InputError, refused
-    from gkd_hf.training.recipe_file import load_recipe
-
+    try:
+        from gkd_hf.errors import InputError, refused
+        from gkd_hf.training.recipe_file import load_recipe
+    except ImportError as error:  # no installation, or half of one
+        hint = "" if "quickstart" in str(error) else ": ./scripts/quickstart installs all that is needed"
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
     try:
         question = scale_question(arguments)
         recipe = load_recipe(arguments.recipe or QUICKSTART, arguments.overrides)
@@ -110,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
             from gkd_hf.training.plan import plan
 
             print(plan(recipe), flush=True)
-            gc.freeze()  # what was imported is not looked through for garbage at the end either: 0.6 s of 4
+            if not gc.isenabled():
+                gc.freeze()  # nor look through it at the end: 0.6 s of 4
             if question is not None:
                 from gkd_hf.training.scale_table import scale_report
 
@@ -124,8 +129,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gkd_hf.training import pipeline
     from gkd_hf.training.ending import exit_code
 
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     return exit_code(lambda: pipeline.run(recipe))
 
 

@@ -40,6 +40,15 @@ print(json.dumps(told))
 """
 
 
+def test_a_python_without_the_requirements_is_told_in_one_line() -> None:
+    """Without site-packages there is no torch."""
+    command = [sys.executable, "-I", "-S", "scripts/run_gkd.py", "--plan"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: gkd_hf needs torch, transformers, which ")
+    assert "./scripts/quickstart" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_importing_and_planning_leave_out_what_they_do_not_need():
     ended = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
