@@ -3,7 +3,7 @@
 
     python scripts/benchmark_step.py                                      # ViT-S from ViT-B, 224/14, batch 8, fp32
     python scripts/benchmark_step.py --student resnet-50 --profile
-    python scripts/benchmark_step.py --early-backward                     # as on GPUs: one view in memory at a time
+    python scripts/benchmark_step.py --early-backward                     # as on GPUs: one view's activations
     python scripts/benchmark_step.py --teacher-cache                      # and: what reading teacher tokens saves
     python scripts/benchmark_step.py --device cuda --precision bf16 --batch-size 32 --image-size 512 --patch-size 16
     python scripts/benchmark_step.py --student facebook/dinov2-small --teacher facebook/dinov2-base
@@ -12,7 +12,8 @@ Three arms take turns in one process, with the same weights, masks and precision
 explicit softmax attention over B×N×N), "ours" (the trainer's own step) and "floor" (teacher forward, 1.5·B student
 forwards and backwards, no heads, no loss). All of them have AdamW and the same images as bytes, ready in memory.
 Named models have random weights; Hub ids and folders bring theirs. "speedup" is reference / ours and "over_floor" ours
-/ floor, each the median over rounds. Memory is in MiB: what an arm holds between two steps, and the most that a step
+/ floor, each the median over --rounds; "parts_ms" are medians of at most five other steps, which wait after each part.
+It takes six minutes on two cores. Memory is in MiB: what an arm holds between two steps, and the most that a step
 allocates beyond it; "activation_mb" is the most that is kept for a backward pass. The losses are compared with
 batch norms in eval mode. --profile adds a table by operator of ten steps, and what in them waits for the device or
 copies. --teacher-cache adds three of our steps in turn, whose teacher is asked, read from shards, or asked and written

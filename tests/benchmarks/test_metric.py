@@ -53,7 +53,7 @@ def test_an_evaluation_is_measured_on_the_windows_that_it_forwards(monkeypatch):
     monkeypatch.setattr(metric.GKDSegmentationTrainer, "evaluate_domains", evaluate)
     forward = metric._forward
     monkeypatch.setattr(metric, "_forward", lambda *given: forwarded.append(given[2]) or forward(*given))
-    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=3, workers=0))
+    found = metric.measure_evaluation(metric.EvaluationSettings("tiny", images=3, rounds=1, workers=0))
     (images,) = evaluated
     samples = list(images)
     assert len({sample["id"] for sample in samples}) == 3
