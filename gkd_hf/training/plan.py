@@ -243,7 +243,9 @@ def _view_lines(
         adapters = [adapter_for(config) for config in (_in_geometry(student, stage), *configs[1:])]
         height, width = common_grid(*adapters[:2], stage.image_size)
         each = sum(token_bytes(height * width, adapter.width) for adapter in adapters[1:])
-        size = f"{each * images * stage.views / 1e9:.3g} GB = {each / 1e6:.3g} MB × {images:,} images × {stage.views}"
+        total = each * images * stage.views / 1e9
+        size = f"{total:,.0f}" if total >= 1000 else f"{total:.3g}"
+        size += f" GB = {each / 1e6:.3g} MB × {images:,} images × {stage.views}"
     lines.append(f"  teacher cache: {stage.teacher_cache}, {size}, once every view was seen")
     if images is None or steps is None:
         return lines
