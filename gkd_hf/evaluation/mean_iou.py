@@ -9,6 +9,7 @@ from __future__ import annotations
 # evaluate's import scanner, which reads this file when it is loaded by path, understands one import per line only.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from typing import Any
 
 import datasets
@@ -184,7 +185,7 @@ def _tensor(labels: Any, what: str) -> torch.Tensor:
 
 
 def _check_ignored(ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or not -65536 <= ignore_index <= 65535:
+    if not isinstance(ignore_index, Integral) or not -65536 <= ignore_index <= 65535:
         raise InputError(f"ignore_index is {ignore_index!r}: give a label value within -65536..65535.")
 
 
@@ -237,7 +238,7 @@ class MeanIoU(evaluate.Metric):
     """
 
     def __init__(self, num_labels: int, ignore_index: int = IGNORE_INDEX, **evaluate_options: Any) -> None:
-        if not isinstance(num_labels, int) or num_labels < 1:
+        if not isinstance(num_labels, Integral) or num_labels < 1:
             raise InputError(f"num_labels is {num_labels!r}; a segmentation metric needs at least one class.")
         _check_ignored(ignore_index)
         super().__init__(**evaluate_options)
