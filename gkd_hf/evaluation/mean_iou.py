@@ -80,7 +80,7 @@ def confusion_counts(
             f"Prediction of shape {tuple(prediction.shape)} and reference of shape {tuple(reference.shape)} differ; "
             "resize the prediction to the label's size first."
         )
-    _check_ignored(ignore_index)
+    ignore_index = _ignored(ignore_index)
     prediction, reference = prediction.flatten(), reference.to(prediction.device).flatten()
     # The host's way keeps a row for every value up to the ignored one, and all of them should stay in the cache.
     on_host = prediction.device.type == "cpu" and abs(ignore_index) < max(_NEAR, num_labels)
@@ -184,9 +184,10 @@ def _tensor(labels: Any, what: str) -> torch.Tensor:
         ) from error
 
 
-def _check_ignored(ignore_index: int) -> None:
+def _ignored(ignore_index: int) -> int:
     if not isinstance(ignore_index, Integral) or not -65536 <= ignore_index <= 65535:
         raise InputError(f"ignore_index is {ignore_index!r}: give a label value within -65536..65535.")
+    return int(ignore_index)  # a narrow number of numpy's would overflow in sums
 
 
 def _require_classes(values: torch.Tensor, num_labels: int, what: str, also: str) -> None:
@@ -240,10 +241,9 @@ class MeanIoU(evaluate.Metric):
     def __init__(self, num_labels: int, ignore_index: int = IGNORE_INDEX, **evaluate_options: Any) -> None:
         if not isinstance(num_labels, Integral) or num_labels < 1:
             raise InputError(f"num_labels is {num_labels!r}; a segmentation metric needs at least one class.")
-        _check_ignored(ignore_index)
         super().__init__(**evaluate_options)
-        self.num_labels = num_labels
-        self.ignore_index = ignore_index
+        self.num_labels = int(num_labels)
+        self.ignore_index = _ignored(ignore_index)
         self._start()
 
     def _start(self) -> None:
