@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             ours = "the GPU" if options.device == "cuda" else f"{torch.get_num_threads()} thread(s)"
             for name, where in (("histograms", "numpy, 1 thread"), ("ours", ours), ("ours_uint8", ours)):
                 print(f"  {name:<12} {result[f'{name}_ms']:8.2f} ms  ({where})")
-            print(f"  speedup {result['speedup']:.1f}, equal: {result['equal']}")
+            least, most = result["speedup_range"]
+            print(f"  speedup {result['speedup']:.1f} ({least:.1f} to {most:.1f} over the rounds)")
+            print(f"  equal: {result['equal']}")
         if settings is not None:
             result |= measure_evaluation(settings)
             print(f"{settings.images} images of 2048×1024 at 1024×512, {settings.student}, {settings.precision}:")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from gkd_hf.benchmarks.timing import check_device, ratio, say, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, ratio, ratio_range, say, timed_in_turn
 from gkd_hf.data.domains import label_space
 from gkd_hf.data.label_maps import label_map
 from gkd_hf.data.loader_benchmark import write_pairs
@@ -127,7 +127,8 @@ def measure_metric(
     The histograms are numpy's, which has one thread on the CPU; ours takes all of torch's threads, or the GPU.
 
     Returns:
-        ``speedup``: histograms / ours. ``equal``: whether intersections and unions are the same numbers. ``*_ms``.
+        ``speedup``: histograms / ours, the median over the rounds; ``speedup_range``: the least and the greatest.
+        ``equal``: whether intersections and unions are the same numbers. ``*_ms``.
 
     Raises:
         InputError: a size or a number of classes below 1, more classes than uint8 labels can tell from ignored ones,
@@ -156,6 +157,7 @@ def measure_metric(
     expected = [counts.tolist() for counts in found["histograms"]]
     return {
         "speedup": ratio(seconds["histograms"], seconds["ours"]),
+        "speedup_range": ratio_range(seconds["histograms"], seconds["ours"]),
         "speedup_uint8": ratio(seconds["histograms"], seconds["ours_uint8"]),
         "equal": all(_areas(found[name]) == expected for name in ("ours", "ours_uint8")),
         **{f"{name}_ms": 1e3 * float(np.median(times)) for name, times in seconds.items()},

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gkd_hf.benchmarks.step_arms import Arm, Floor, Ours, Reference, frozen_batch_norms
-from gkd_hf.benchmarks.timing import check_device, machine, ratio, say, synchronise, timed_in_turn
+from gkd_hf.benchmarks.timing import check_device, machine, ratio, ratio_range, say, synchronise, timed_in_turn
 from gkd_hf.data.streaming import SampleStream
 from gkd_hf.data.toy_city import toy_city
 from gkd_hf.data.transforms import DistillationTransform
@@ -145,6 +145,7 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = say) -> dict[s
 
     Returns:
         speedup: reference / ours, over_floor: ours / floor, the medians of ratios of neighbouring steps.
+        speedup_range, over_floor_range: the least and the greatest of these ratios.
         images_per_s: of ours. step_ms, parts_ms, peak_mb, activation_mb: by arm. peak_mb: also of ours alone, in MiB.
         loss_difference, gradient_difference: relative, of ours and the reference on the first weights.
         mfu: model FLOPs utilisation on a GPU whose speed is known, else None.
@@ -171,6 +172,8 @@ def measure(settings: StepSettings, tell: Callable[[str], None] = say) -> dict[s
     return {
         "speedup": ratio(seconds["reference"], seconds["ours"]),
         "over_floor": ratio(seconds["ours"], seconds["floor"]),
+        "speedup_range": ratio_range(seconds["reference"], seconds["ours"]),
+        "over_floor_range": ratio_range(seconds["ours"], seconds["floor"]),
         "images_per_s": settings.batch_size / median["ours"],
         "peak_mb": peaks["ours"] / MIB,
         **equality,

@@ -41,9 +41,11 @@ def table(result: dict[str, Any]) -> str:
         row(f"  {part}, ms", [result["parts_ms"][name][part] for name in names])
     row("peak memory, MiB", [result["peak_mb_by_arm"][name] for name in names])
     row("kept for backward, MiB", [result["activation_mb"][name] for name in names])
+    (least, most), (lowest, highest) = result["speedup_range"], result["over_floor_range"]
     lines.append(
-        f"{result['images_per_s']:.2f} images/s; {result['speedup']:.3f} times the reference's speed, "
-        f"{result['over_floor']:.3f} times the floor's time"
+        f"{result['images_per_s']:.2f} images/s; {result['speedup']:.3f} times the reference's speed "
+        f"({least:.2f} to {most:.2f} over the rounds), {result['over_floor']:.3f} times the floor's time "
+        f"({lowest:.2f} to {highest:.2f})"
     )
     lines.append(
         f"relative difference of the losses {result['loss_difference']:.1e}, of the gradients "

@@ -83,6 +83,12 @@ def ratio(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
+def ratio_range(slower: list[float], faster: list[float]) -> list[float]:
+    """Return the least and the greatest of the rounds' ratios, of which `ratio` is the median."""
+    ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+    return [min(ratios), max(ratios)]
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return what a figure was measured on: the device's name, threads, and the versions of Python and torch."""
     device = torch.device(device)

@@ -30,6 +30,7 @@ def test_intersections_and_unions_are_those_of_the_histograms(num_labels):
 def test_metric_is_measured_with_its_result():
     found = metric.measure_metric(40, 70, 5, rounds=1)
     assert found["equal"] and found["ours_ms"] > 0 and found["speedup"] > 0
+    assert found["speedup_range"][0] <= found["speedup"] <= found["speedup_range"][1]
     with pytest.raises(InputError, match="a pair of 0×4 pixels"):
         metric.measure_metric(0, 4)
     with pytest.raises(InputError, match="classes is 256: give at most 255"):

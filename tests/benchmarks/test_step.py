@@ -140,6 +140,9 @@ def test_the_script_prints_a_table_and_json(
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert {"speedup", "over_floor", "images_per_s", "peak_mb", "loss_difference"} <= result.keys()
+    for name in ("speedup", "over_floor"):
+        least, most = result[f"{name}_range"]
+        assert least <= result[name] <= most
     assert result["peak_mb"] == result["peak_mb_by_arm"]["ours"] > result["activation_mb"]["ours"] > 0
     assert result["mfu"] is None and result["profile"]["aten::copy_"] > 0
     assert "aten::addmm" in out and "heads, ms" in out
