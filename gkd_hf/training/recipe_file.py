@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,9 @@ def _no_unknown_keys(values: Any, section: type, where: str, origin: str) -> Non
     for key, value in values.items():
         if key not in known:
             full = f"{where}.{key}" if where else str(key)
-            hint = nearest(key, known) or f"; known there: {', '.join(known)}"
+            homes = list(_sections_with(str(key)))
+            hint = f": it is a key of {', '.join(homes)}" if homes else nearest(key, known)
+            hint = hint or f"; known there: {', '.join(known)}"
             raise InputError(f"{origin}: unknown key '{full}'{hint}")
         inner = _SECTIONS.get(section, {}).get(key)
         if inner is None:
@@ -166,6 +168,14 @@ def _no_unknown_keys(values: Any, section: type, where: str, origin: str) -> Non
             raise InputError(f"{origin}: key teachers: a list is needed there, such as [{{name: a}}, {{name: b}}]")
         for number, each in enumerate(value):
             _no_unknown_keys(each, inner, f"{place}[{number}]", origin)
+
+
+def _sections_with(key: str, section: type = Recipe, where: str = "") -> Iterator[str]:
+    """Where in a recipe a key of that name belongs."""
+    if key in (entry.name for entry in dataclasses.fields(section)):
+        yield where or "the recipe itself"
+    for name, inner in _SECTIONS.get(section, {}).items():
+        yield from _sections_with(key, inner, f"{where}.{name}" if where else name)
 
 
 def _no_missing_keys(merged: DictConfig, origin: str) -> None:

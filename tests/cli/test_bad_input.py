@@ -43,6 +43,12 @@ def test_settings_that_changed_since(run_gkd: ModuleType, recipe: Path, refused:
     ("override", "expected"),
     [
         ("stages.task.imagesize=64", "unknown key 'stages.task.imagesize', did you mean 'image_size'?"),
+        (
+            "stages.task.views=4",
+            "unknown key 'stages.task.views': it is a key of stages.task_agnostic, stages.domain_agnostic",
+        ),
+        ("teacher_cache=kept", "'teacher_cache': it is a key of stages.task_agnostic, stages.domain_agnostic"),
+        ("stages.seed=1", "unknown key 'stages.seed': it is a key of the recipe itself"),
         ("methode=gkd", "unknown key 'methode', did you mean 'method'?"),
         ("method=gkt", "method is 'gkt', did you mean 'gkd'? (available: gkd, mse, proteus, kd, cwd, af_dcd, vitkd,"),
         ("teacher.geometry=natve", "did you mean 'native'?"),
