@@ -80,13 +80,17 @@ def timed_in_turn(
 
 def ratio(slower: list[float], faster: list[float]) -> float:
     """Return the median over the rounds of ``slower`` / ``faster``: > 1 where the second is the faster one."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+    return statistics.median(_ratios(slower, faster))
 
 
 def ratio_range(slower: list[float], faster: list[float]) -> list[float]:
     """Return the least and the greatest of the rounds' ratios, of which `ratio` is the median."""
-    ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+    ratios = _ratios(slower, faster)
     return [min(ratios), max(ratios)]
+
+
+def _ratios(slower: list[float], faster: list[float]) -> list[float]:
+    return [a / b for a, b in zip(slower, faster, strict=True)]
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, object]:
